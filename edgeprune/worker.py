@@ -1,0 +1,367 @@
+"""The process in which a run's work is done: ``python -m edgeprune.worker FOLDER``.
+
+It works through the stages of the recipe in FOLDER, keeps what each one found in ``state.json`` and
+tells what happens in ``events.jsonl``. Started again after any death, it skips what is finished.
+
+It ends when its standard input does: so it stops in an orderly way on Ctrl-C, and never outlives
+the process that started it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from edgeprune import recipe as recipes
+from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.events import (
+    Emit,
+    Event,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    StageFinished,
+    StageStarted,
+)
+from edgeprune.log import LogWriter
+from edgeprune.recipe import Recipe
+
+EVENTS = "events.jsonl"
+OUTPUT = "worker.log"
+RECIPE = "recipe.toml"
+STATE = "state.json"
+PRUNE_STATE = "prune-state.json"
+UNFINISHED = "unfinished"
+PRUNED = "pruned"
+EXPORT_DENSE = "export-dense"
+EXPORT_PRUNED = "export-pruned"
+RESULTS = "results.json"
+REPORT = "report.html"
+
+STATE_VERSION = 1
+INTERRUPTED = 130
+PATIENCE = 20.0
+"""Seconds that the work has to stop by itself before it is ended."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage may use: the run's folder and recipe, and the results of the stages before."""
+
+    folder: Path
+    recipe: Recipe
+    results: dict[str, dict[str, Any]]
+    emit: Emit
+
+    @contextmanager
+    def artefact(self, name: str) -> Iterator[Path]:
+        """Give a path to make the folder or file ``name`` at; it appears in the run when whole."""
+        temporary = self.folder / UNFINISHED / name
+        temporary.parent.mkdir(exist_ok=True)
+        yield temporary
+        final = self.folder / name
+        remove(final)
+        temporary.rename(final)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a run: ``do`` returns its figures; ``artefacts`` are what it leaves in the run."""
+
+    name: str
+    title: str
+    do: Callable[[Work], dict[str, Any]]
+    artefacts: tuple[str, ...] = ()
+
+
+# ---- the stages
+
+
+def _source(work: Work) -> dict[str, Any]:
+    from edgeprune.preflight import check_source
+
+    return check_source(work.recipe, work.folder, work.emit)
+
+
+def _prune(work: Work) -> dict[str, Any]:
+    from edgeprune.pruner import prune
+
+    options = work.recipe.prune.model_dump(exclude={*recipes.TARGETS, "skip_layers"})
+    with work.artefact(PRUNED) as output:
+        return prune(
+            _dense(work),
+            output,
+            **work.recipe.target(),
+            **options,
+            skip_layers=tuple(work.recipe.prune.skip_layers),
+            precision=work.recipe.export.precision,
+            state=work.folder / PRUNE_STATE,
+            trust_remote_code=work.recipe.source.trust_remote_code,
+            emit=work.emit,
+        )
+
+
+def _export_dense(work: Work) -> dict[str, Any]:
+    source = work.recipe.source
+    revision = work.results["source"]["source"]["revision"]
+    return _export(work, source.model, EXPORT_DENSE, revision, source.trust_remote_code)
+
+
+def _export_pruned(work: Work) -> dict[str, Any]:
+    return _export(work, str(work.folder / PRUNED), EXPORT_PRUNED, None, False)
+
+
+def _export(
+    work: Work, model: str, name: str, revision: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    from edgeprune.exporters.onnx import export
+
+    with work.artefact(name) as output:
+        return export(
+            model,
+            output,
+            precision=work.recipe.export.precision,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            emit=work.emit,
+        )
+
+
+def _evaluate(work: Work) -> dict[str, Any]:
+    from edgeprune import sources
+
+    pruned = sources.resolve(str(work.folder / PRUNED))
+    return {"dense": _perplexity(work, _dense(work)), "pruned": _perplexity(work, pruned)}
+
+
+def _perplexity(work: Work, source: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from edgeprune import sources
+    from edgeprune.perplexity import perplexity
+    from edgeprune.texts import read_texts
+
+    settings = work.recipe.evaluate
+    found = perplexity(
+        sources.load_model(source),
+        sources.load_tokenizer(source),
+        "\n\n".join(read_texts(settings.text)),
+        window=settings.window,
+        max_tokens=settings.max_tokens,
+        emit=work.emit,
+    )
+    return asdict(found)
+
+
+def _profile(work: Work) -> dict[str, Any]:
+    from edgeprune.profiles.profile import profile
+
+    return profile(
+        work.folder / EXPORT_PRUNED,
+        against=work.folder / EXPORT_DENSE,
+        **work.recipe.profile.model_dump(),
+        emit=work.emit,
+    )
+
+
+def _report(work: Work) -> dict[str, Any]:
+    from edgeprune import report
+    from edgeprune.log import read_events
+
+    results = report.build_results(work.recipe, work.results)
+    page = report.render(results, read_events(work.folder / EVENTS))
+    with work.artefact(REPORT) as path:
+        path.write_text(page, "utf-8")
+    with work.artefact(RESULTS) as path:
+        path.write_text(report.to_json(results), "utf-8")
+    return {"results": RESULTS, "report": REPORT}
+
+
+def _dense(work: Work) -> Any:
+    """Return the source that the first stage found, sought again if its files have gone since."""
+    from edgeprune import sources
+
+    found = work.results["source"]["source"]
+    path = Path(found["path"])
+    if path.exists():
+        return sources.Source(**{**found, "path": path})
+    wanted = work.recipe.source
+    return sources.resolve(
+        wanted.model,
+        revision=found["revision"],
+        trust_remote_code=wanted.trust_remote_code,
+        emit=work.emit,
+    )
+
+
+STAGES = (
+    Stage("source", "Check the source model", _source),
+    Stage("prune", "Prune", _prune, (PRUNED,)),
+    Stage("export-dense", "Export the dense model", _export_dense, (EXPORT_DENSE,)),
+    Stage("export-pruned", "Export the pruned model", _export_pruned, (EXPORT_PRUNED,)),
+    Stage("evaluate", "Perplexity of both models", _evaluate),
+    Stage("profile", "Profile both exports", _profile),
+    Stage("report", "Report", _report, (RESULTS, REPORT)),
+)
+
+
+# ---- working through them
+
+
+def work_through(folder: Path, stages: Sequence[Stage], emit: Emit) -> None:
+    """Do the stages that are not finished yet, in order, and keep each one's result."""
+    recipe = recipes.load(folder / RECIPE)
+    finished = _finished(folder, stages)
+    remove(folder / UNFINISHED)
+    emit(
+        RunStarted(
+            folder=str(folder),
+            stages=[stage.name for stage in stages],
+            finished=list(finished),
+            pid=os.getpid(),
+        )
+    )
+    results = {name: entry["result"] for name, entry in finished.items()}
+    for index, stage in enumerate(stages, start=1):
+        if stage.name in finished:
+            continue
+        emit(StageStarted(stage=stage.name, title=stage.title, index=index, of=len(stages)))
+        began = time.monotonic()
+        result = stage.do(Work(folder, recipe, dict(results), _within(stage.name, emit)))
+        seconds = time.monotonic() - began
+        results[stage.name] = result
+        finished[stage.name] = {"seconds": seconds, "result": result}
+        write_state(folder, finished)
+        emit(StageFinished(stage=stage.name, seconds=seconds, result=result))
+    remove(folder / UNFINISHED)
+    seconds = sum(entry["seconds"] for entry in finished.values())
+    emit(RunFinished(results=RESULTS, report=REPORT, seconds=seconds))
+
+
+def _finished(folder: Path, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+    """Return the entries of the leading stages that are complete, their artefacts still there."""
+    kept = read_state(folder)
+    finished = {}
+    for stage in stages:
+        if stage.name not in kept or not all((folder / name).exists() for name in stage.artefacts):
+            break  # what follows was made from this one
+        finished[stage.name] = kept[stage.name]
+    return finished
+
+
+def _within(stage: str, emit: Emit) -> Emit:
+    """Pass on what a stage's engine reports, but not its own stages: the run's are coarser."""
+
+    def pass_on(event: Event) -> None:
+        if isinstance(event, StageStarted | StageFinished):
+            return
+        if hasattr(event, "stage"):
+            event.stage = stage
+        emit(event)
+
+    return pass_on
+
+
+def read_state(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the finished stages of the run in ``folder``: {stage: {"seconds", "result"}}.
+
+    Raises:
+        BadInput: if there is no run in ``folder``, or one of another version.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text("utf-8"))
+        stages, version = state["stages"], state["schema_version"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise BadInput(
+            f"{folder}: no run to go on with here; start one with: edgeprune run RECIPE -o DIR"
+        ) from None
+    if version != STATE_VERSION:
+        raise BadInput(f"{folder}: the run was made by another version of edgeprune; start it anew")
+    return cast("dict[str, dict[str, Any]]", stages)
+
+
+def write_state(folder: Path, stages: dict[str, dict[str, Any]]) -> None:
+    """Keep the finished ``stages``; a crash leaves the state before or after, never between."""
+    state = {"schema_version": STATE_VERSION, "stages": stages}
+    temporary = folder / f"{STATE}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(state, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / STATE)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it; nothing if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- the process
+
+
+def main(folder: Path) -> int:
+    """Do the work of the run in ``folder``; the exit code says how it went."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+    with LogWriter(folder / EVENTS) as emit:
+        failed = _try(folder, emit)
+        if failed is None:
+            return 0
+        emit(failed)
+        return failed.exit_code
+
+
+def _try(folder: Path, emit: Emit) -> RunFailed | None:
+    resume = resume_command(folder)
+    try:
+        work_through(folder, STAGES, emit)
+    except EdgepruneError as error:
+        return RunFailed(error=str(error), exit_code=error.exit_code, next=resume)
+    except KeyboardInterrupt:
+        return RunFailed(error="stopped", exit_code=INTERRUPTED, next=resume)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return RunFailed(error="the disk is full: free some space", exit_code=2, next=resume)
+        traceback.print_exc()  # into the run's worker.log
+        text = f"{type(error).__name__}: {error} (all of it in {folder / OUTPUT})"
+        return RunFailed(error=text, exit_code=1, next=resume)
+    return None
+
+
+def resume_command(folder: Path) -> str:
+    """Return what to type to go on with the run in ``folder``."""
+    import shlex
+
+    return f"edgeprune run --resume {shlex.quote(str(folder))}"
+
+
+def _stop_at_end_of_input() -> None:
+    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
+        pass
+    if hasattr(signal, "pthread_kill"):  # unlike interrupt_main, ends a wait in a system call
+        signal.pthread_kill(cast("int", threading.main_thread().ident), signal.SIGINT)
+    else:
+        import _thread
+
+        _thread.interrupt_main()
+    time.sleep(PATIENCE)
+    os._exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

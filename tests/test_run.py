@@ -1,0 +1,303 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from edgeprune import recipe as recipes
+from edgeprune import run as runs
+from edgeprune import worker
+from edgeprune.errors import BadInput, EdgepruneError, Interrupted
+from edgeprune.events import Note, RunFailed, RunFinished, RunStarted, StageFinished, StageStarted
+from edgeprune.log import read_events
+
+RECIPE = recipes.parse_toml('[source]\nmodel = "m"\n[prune]\nsparsity = 0.3\n')
+FAKE = Path(__file__).with_name("fake_worker.py")
+RESULTS = {"first": {"value": 1}, "second": {"value": 2}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(runs, "WORKER", (sys.executable, str(FAKE)))
+    monkeypatch.setattr(worker, "PATIENCE", 2.0)
+
+
+@pytest.fixture
+def misdeed(fake, folder):
+    """Prepare a run whose second stage misbehaves, and return a function that lets it go."""
+
+    def go(deed, emit=lambda event: None):
+        folder.mkdir()
+        (folder / worker.RECIPE).write_text(RECIPE.to_toml())
+        worker.write_state(folder, {})
+        (folder / "misdeed").write_text(deed)
+        return runs.resume(folder, emit)
+
+    return go
+
+
+def mend(folder):
+    (folder / "misdeed").unlink()
+
+
+def leftovers(folder):
+    return (folder / worker.UNFINISHED).exists()
+
+
+# ---- a run that goes well
+
+
+def test_a_run_tells_its_stages_and_returns_its_results(fake, folder):
+    seen = []
+    assert runs.run(RECIPE, folder, seen.append) == RESULTS
+    kinds = [type(event) for event in seen]
+    assert kinds[0] is RunStarted
+    assert kinds[-1] is RunFinished
+    assert [(e.stage, e.index, e.of) for e in seen if isinstance(e, StageStarted)] == [
+        ("first", 1, 3),
+        ("second", 2, 3),
+        ("last", 3, 3),
+    ]
+    assert [e.stage for e in seen if isinstance(e, StageFinished)] == ["first", "second", "last"]
+    assert read_events(folder / worker.EVENTS) == seen
+    assert recipes.load(folder / worker.RECIPE) == RECIPE
+    assert not leftovers(folder)
+
+
+def test_a_finished_run_resumed_does_nothing_again(fake, folder):
+    runs.run(RECIPE, folder)
+    seen = []
+    assert runs.resume(folder, seen.append) == RESULTS
+    assert [type(event) for event in seen] == [RunStarted, RunFinished]
+
+
+def test_an_artefact_that_is_gone_is_made_again_with_all_that_follows(fake, folder):
+    runs.run(RECIPE, folder)
+    (folder / "two").unlink()
+    seen = []
+    runs.resume(folder, seen.append)
+    assert [e.stage for e in seen if isinstance(e, StageStarted)] == ["second", "last"]
+
+
+# ---- runs that do not
+
+
+def test_killed_then_resumed_gives_the_same(misdeed, folder):
+    with pytest.raises(EdgepruneError, match=r"SIGKILL.*\n.*edgeprune run --resume") as caught:
+        misdeed("kill")
+    assert caught.value.exit_code == 1
+    assert leftovers(folder)
+    assert not (folder / "two").exists()
+    mend(folder)
+    seen = []
+    assert runs.resume(folder, seen.append) == RESULTS
+    assert seen[0].finished == ["first"]
+    assert [e.stage for e in seen if isinstance(e, StageStarted)] == ["second", "last"]
+    assert (folder / "two").read_text() == "whole"
+    assert not leftovers(folder)
+
+
+def test_a_worker_that_ends_without_a_word_is_quoted(misdeed):
+    with pytest.raises(EdgepruneError, match="code 3; its last words: a library's last words"):
+        misdeed("exit")
+
+
+@pytest.mark.parametrize(
+    ("deed", "exit_code", "said"),
+    [
+        ("fail", 1, "it did not work"),
+        ("refuse", 2, "it cannot be used"),
+        ("bug", 1, "KeyError: 'bug'"),
+        ("fill the disk", 2, "the disk is full"),
+    ],
+)
+def test_the_workers_error_is_raised_here(misdeed, folder, deed, exit_code, said):
+    seen = []
+    with pytest.raises(EdgepruneError, match=said) as caught:
+        misdeed(deed, seen.append)
+    assert caught.value.exit_code == exit_code
+    assert isinstance(seen[-1], RunFailed)
+    assert seen[-1].next == f"edgeprune run --resume {folder}"
+    mend(folder)
+    assert runs.resume(folder) == RESULTS
+
+
+def test_a_bug_leaves_its_traceback_in_the_folder_and_not_on_the_terminal(misdeed, folder, capfd):
+    with pytest.raises(EdgepruneError, match=r"worker\.log"):
+        misdeed("bug")
+    assert "Traceback" in (folder / worker.OUTPUT).read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_input_refused_before_any_work_leaves_nothing_behind(fake, folder, monkeypatch):
+    code = (
+        "import sys; from edgeprune import worker; from edgeprune.errors import BadInput\n"
+        "def refuse(work): raise BadInput('no such model')\n"
+        "worker.STAGES = (worker.Stage('source', 'Source', refuse),)\n"
+        "sys.exit(worker.main(worker.Path(sys.argv[1])))"
+    )
+    monkeypatch.setattr(runs, "WORKER", (sys.executable, "-c", code))
+    with pytest.raises(BadInput, match=r"^no such model$"):
+        runs.run(RECIPE, folder)
+    assert not folder.exists()
+    folder.mkdir()
+    with pytest.raises(BadInput):
+        runs.run(RECIPE, folder)
+    assert list(folder.iterdir()) == []
+
+
+# ---- Ctrl-C and the end of the parent
+
+
+def test_ctrl_c_stops_the_worker_and_says_how_to_go_on(misdeed, folder):
+    pid = []
+
+    def interrupt(event):
+        if isinstance(event, RunStarted):
+            pid.append(event.pid)
+        if isinstance(event, Note) and event.text == "second: hang":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="edgeprune run --resume") as caught:
+        misdeed("hang", interrupt)
+    assert time.monotonic() - began < 30
+    assert caught.value.exit_code == 130
+    assert not is_alive(pid[0])
+    assert read_events(folder / worker.EVENTS)[-1].exit_code == 130
+    mend(folder)
+    assert runs.resume(folder) == RESULTS
+
+
+def test_a_worker_that_does_not_stop_is_ended(misdeed):
+    pid = []
+
+    def interrupt(event):
+        if isinstance(event, RunStarted):
+            pid.append(event.pid)
+        if isinstance(event, Note) and event.text == "second: hang stubbornly":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        misdeed("hang stubbornly", interrupt)
+    assert not is_alive(pid[0])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_the_worker_does_not_outlive_its_parent(misdeed, folder, how):
+    with pytest.raises(EdgepruneError):
+        misdeed("kill")
+    (folder / "misdeed").write_text("hang")
+    code = (
+        "import sys; from pathlib import Path; from edgeprune import run\n"
+        f"run.WORKER = (sys.executable, {str(FAKE)!r})\n"
+        "run.resume(Path(sys.argv[1]))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+    started = wait_for(lambda: started_in(folder, count=2))
+    wait_for(lambda: read_events(folder / worker.EVENTS)[-1].to_json().get("text"))
+    parent.send_signal(how)
+    parent.wait()
+    mend(folder)
+    # At once, while the worker may still be on its way out: that is waited for.
+    assert runs.resume(folder) == RESULTS
+    assert not is_alive(started.pid)
+
+
+def started_in(folder, count):
+    starts = [e for e in read_events(folder / worker.EVENTS) if isinstance(e, RunStarted)]
+    return starts[-1] if len(starts) == count else None
+
+
+def is_alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+# ---- folders
+
+
+def test_only_one_worker_in_a_folder(misdeed, folder):
+    errors = []
+
+    def second_try(event):
+        if isinstance(event, Note) and event.text == "second: hang":
+            with pytest.raises(EdgepruneError, match="is at work on this run") as caught:
+                runs.resume(folder)
+            errors.append(caught.value)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        misdeed("hang", second_try)
+    assert len(errors) == 1
+
+
+def test_a_stale_lock_does_not_lock(fake, folder):
+    runs.run(RECIPE, folder)
+    (folder / runs.LOCK).write_text(str(os.getpid()))
+    assert runs.resume(folder) == RESULTS
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(fake, folder):
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(BadInput, match="not an empty folder"):
+        runs.run(RECIPE, folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_is_not_overwritten(fake, folder):
+    runs.run(RECIPE, folder)
+    with pytest.raises(BadInput, match=f"edgeprune run --resume {folder}"):
+        runs.run(RECIPE, folder)
+
+
+def test_the_recipe_and_the_folder_are_both_told(fake, tmp_path, folder):
+    folder.write_text("a file")
+    path = tmp_path / "r.toml"
+    path.write_text('[source]\nmodel = "m"\n')
+    with pytest.raises(BadInput) as caught:
+        runs.run(path, folder)
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("prune: missing")
+    assert second.endswith("name another with -o DIR")
+
+
+@pytest.mark.parametrize("state", [None, "", "[]", '{"schema_version": 1}', '{"stages": {}}'])
+def test_nothing_to_resume(folder, state):
+    folder.mkdir()
+    if state is not None:
+        (folder / worker.STATE).write_text(state)
+    with pytest.raises(BadInput, match="no run to go on with"):
+        runs.resume(folder)
+
+
+def test_a_run_of_another_version_is_refused(folder):
+    folder.mkdir()
+    (folder / worker.STATE).write_text(json.dumps({"schema_version": 99, "stages": {}}))
+    with pytest.raises(BadInput, match="another version"):
+        runs.resume(folder)
+
+
+def test_runs_leave_no_threads(fake, folder):
+    before = threading.active_count()
+    runs.run(RECIPE, folder)
+    assert threading.active_count() == before
