@@ -20,13 +20,13 @@ from typing import IO, Any, cast
 
 import psutil
 
-from edgeprune import machine, worker
+from edgeprune import machine, sources, worker
 from edgeprune import recipe as recipes
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted
 from edgeprune.events import Emit, Note, RunFailed, RunFinished, ignore
 from edgeprune.log import follow
 from edgeprune.quantities import format_bytes
-from edgeprune.recipe import Recipe
+from edgeprune.recipe import Recipe, SourceSection
 
 try:
     import fcntl
@@ -86,9 +86,25 @@ def _check(recipe: Recipe | str | Path, folder: Path) -> Recipe:
             recipe = recipes.load(recipe)
         except BadInput as error:
             problems.insert(0, str(error))
+    if isinstance(recipe, Recipe):
+        problems += _source_problems(recipe.source)
     if problems or not isinstance(recipe, Recipe):
         raise BadInput("\n".join(problems))
     return recipe
+
+
+def _source_problems(source: SourceSection) -> list[str]:
+    """Look at the model without fetching it; the worker's first stage looks closer."""
+    try:
+        sources.resolve(
+            source.model,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            weights=False,
+        )
+    except BadInput as error:
+        return [str(error)]
+    return []
 
 
 def _folder_problems(folder: Path) -> list[str]:

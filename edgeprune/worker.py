@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -96,11 +97,12 @@ def _source(work: Work) -> dict[str, Any]:
 
 
 def _prune(work: Work) -> dict[str, Any]:
+    from edgeprune.inspection import inspect
     from edgeprune.pruner import prune
 
     options = work.recipe.prune.model_dump(exclude={*recipes.TARGETS, "skip_layers"})
     with work.artefact(PRUNED) as output:
-        return prune(
+        summary = prune(
             _dense(work),
             output,
             **work.recipe.target(),
@@ -111,12 +113,12 @@ def _prune(work: Work) -> dict[str, Any]:
             trust_remote_code=work.recipe.source.trust_remote_code,
             emit=work.emit,
         )
+    return {"summary": summary, "inspection": inspect(str(work.folder / PRUNED))}
 
 
 def _export_dense(work: Work) -> dict[str, Any]:
     source = work.recipe.source
-    revision = work.results["source"]["source"]["revision"]
-    return _export(work, source.model, EXPORT_DENSE, revision, source.trust_remote_code)
+    return _export(work, source.model, EXPORT_DENSE, _commit(work), source.trust_remote_code)
 
 
 def _export_pruned(work: Work) -> dict[str, Any]:
@@ -200,10 +202,16 @@ def _dense(work: Work) -> Any:
     wanted = work.recipe.source
     return sources.resolve(
         wanted.model,
-        revision=found["revision"],
+        revision=_commit(work),
         trust_remote_code=wanted.trust_remote_code,
         emit=work.emit,
     )
+
+
+def _commit(work: Work) -> str | None:
+    """Return the commit of a Hub model that the run began with: all stages use the same."""
+    found = work.results["source"]["source"]
+    return found["revision"] if found["kind"] == "hub" else None
 
 
 STAGES = (
@@ -345,9 +353,9 @@ def _try(folder: Path, emit: Emit) -> RunFailed | None:
 
 def resume_command(folder: Path) -> str:
     """Return what to type to go on with the run in ``folder``."""
-    import shlex
-
-    return f"edgeprune run --resume {shlex.quote(str(folder))}"
+    here = Path.cwd()
+    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    return f"edgeprune run --resume {shlex.quote(str(shown))}"
 
 
 def _stop_at_end_of_input() -> None:

@@ -29,6 +29,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def fake(monkeypatch):
+    """Let the stages of ``fake_worker.py`` do the work, on a model that need not exist."""
+    monkeypatch.setattr(runs, "_source_problems", lambda source: [])
     monkeypatch.setattr(runs, "WORKER", (sys.executable, str(FAKE)))
     monkeypatch.setattr(worker, "PATIENCE", 2.0)
 
@@ -268,6 +270,23 @@ def test_a_run_is_not_overwritten(fake, folder):
     runs.run(RECIPE, folder)
     with pytest.raises(BadInput, match=f"edgeprune run --resume {folder}"):
         runs.run(RECIPE, folder)
+
+
+def test_the_model_and_the_folder_are_both_told(folder):
+    folder.write_text("a file")
+    recipe = recipes.parse_toml(RECIPE.to_toml().replace('"m"', '"./no-such-model"'))
+    with pytest.raises(BadInput) as caught:
+        runs.run(recipe, folder)
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("name another with -o DIR")
+    assert "./no-such-model" in second
+
+
+def test_the_command_to_go_on_is_short_where_it_can_be(folder, monkeypatch):
+    assert worker.resume_command(folder) == f"edgeprune run --resume {folder}"
+    monkeypatch.chdir(folder.parent)
+    assert worker.resume_command(folder) == "edgeprune run --resume run"
+    assert worker.resume_command(folder.parent / "a b") == "edgeprune run --resume 'a b'"
 
 
 def test_the_recipe_and_the_folder_are_both_told(fake, tmp_path, folder):

@@ -1,0 +1,85 @@
+"""What a run checks before it starts any work: all problems at once, with the figures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from edgeprune import machine, sources
+from edgeprune.errors import BadInput
+from edgeprune.events import Emit, Note
+from edgeprune.inspection import inspect
+from edgeprune.quantities import format_bytes
+from edgeprune.recipe import Recipe
+from edgeprune.texts import read_texts
+
+WEIGHT_BYTES = 4
+"""Bytes of a weight while a model is worked on: float32, the widest case."""
+ROOM = 200_000_000
+"""Bytes of disk for tokenizers, logs, graphs and other small things."""
+
+
+def check_source(recipe: Recipe, folder: Path, emit: Emit) -> dict[str, Any]:
+    """Fetch the recipe's model and check that the run can be done on this machine.
+
+    Returns where the model is (``source``) and its shape (``inspection``).
+
+    Raises:
+        BadInput: with every problem, one a line.
+    """
+    wanted = recipe.source
+    source = sources.resolve(
+        wanted.model,
+        revision=wanted.revision,
+        trust_remote_code=wanted.trust_remote_code,
+        emit=emit,
+    )
+    shape = inspect(source)
+    problems = [
+        *_disk_problems(shape["parameters"], folder),
+        *_memory_problems(shape["parameters"], emit),
+        *_text_problems(recipe),
+    ]
+    if problems:
+        raise BadInput("\n".join(problems))
+    return {"source": {**asdict(source), "path": str(source.path)}, "inspection": shape}
+
+
+def _disk_problems(parameters: int, folder: Path) -> list[str]:
+    # The pruned checkpoint and both exports, none larger than the model in float32.
+    need, free = 3 * parameters * WEIGHT_BYTES + ROOM, machine.disk_free(folder)
+    if need <= free:
+        return []
+    return [
+        f"{folder}: {format_bytes(free)} free, and the run may need {format_bytes(need)}; "
+        "free some space or name another disk with -o DIR"
+    ]
+
+
+def _memory_problems(parameters: int, emit: Emit) -> list[str]:
+    need, memory = parameters * WEIGHT_BYTES, machine.memory()
+    if need > memory.total:
+        return [
+            f"the model takes {format_bytes(need)} of memory in float32 and this machine has "
+            f"{format_bytes(memory.total)}; take a smaller model or a larger machine"
+        ]
+    if need > memory.available:
+        text = (
+            f"the model takes {format_bytes(need)} of memory and only "
+            f"{format_bytes(memory.available)} are free now; close other programs"
+        )
+        emit(Note(text=text, level="warning"))
+    return []
+
+
+def _text_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    for spec in dict.fromkeys((recipe.prune.calibration, recipe.evaluate.text)):
+        try:
+            if not list(islice(read_texts(spec), 1)):
+                problems.append(f"{spec}: no text in it; name another file or data set")
+        except BadInput as error:
+            problems.append(str(error))
+    return problems
