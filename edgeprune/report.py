@@ -85,19 +85,20 @@ QUANTITIES = (
 def build_results(recipe: Recipe, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return all that a run found, as plain JSON values.
 
-    ``dense`` and ``pruned`` have a figure for each of ``QUANTITIES`` and the widths of their
-    ``layers``; ``ratios`` are pruned / dense; the raw data of each stage is kept beside them. A figure that is
-    not finite is None, which JSON can say.
+    ``dense`` and ``pruned`` have a figure for each of ``QUANTITIES``, the ``spread`` (standard
+    deviation) of those measured repeatedly, and the widths of their ``layers``. ``ratios`` are
+    pruned / dense. The raw data of each stage is kept beside them. A figure that is not finite is
+    None, which JSON can say.
     ``stages`` maps the name of each finished stage to its result.
     """
     both = {which: _finite(_figures(stages, which)) for which in ("dense", "pruned")}
-    ratios = {q.key: _ratio(both["pruned"][q.key], both["dense"][q.key]) for q in QUANTITIES}
+    measured = stages["profile"]["ratios"]
     return {
         "schema_version": SCHEMA_VERSION,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": stages["source"]["source"],
         **both,
-        "ratios": ratios,
+        "ratios": {q.key: _ratio(q.key, both, measured) for q in QUANTITIES},
         "settings": recipe.model_dump(),
         "prune": _finite(stages["prune"]["summary"]),
         "exports": _finite({"dense": stages["export-dense"], "pruned": stages["export-pruned"]}),
@@ -121,12 +122,18 @@ def _figures(stages: dict[str, dict[str, Any]], which: str) -> dict[str, Any]:
         "decoder_parameters": shape["decoder_parameters"],
         "token_perplexity": perplexity["token_perplexity"],
         "word_perplexity": perplexity["word_perplexity"],
-        **_speeds(stages["profile"], which),
+        **_measured(stages["profile"], which, "mean"),
+        "spread": _measured(stages["profile"], which, "stdev"),
         "layers": shape["layers"],
     }
 
 
-def _ratio(pruned: float | None, dense: float | None) -> float | None:
+def _ratio(
+    key: str, both: dict[str, dict[str, Any]], measured: dict[str, dict[str, float]]
+) -> float | None:
+    if key in measured:
+        return measured[key]["median"]  # of repetitions in pairs, which a drifting machine spares
+    pruned, dense = both["pruned"][key], both["dense"][key]
     return pruned / dense if pruned is not None and dense else None
 
 
@@ -170,18 +177,24 @@ def results_table(results: dict[str, Any]) -> list[Row]:
 
 
 def _row(quantity: Quantity, results: dict[str, Any]) -> Row:
-    dense, pruned = (results[which][quantity.key] for which in ("dense", "pruned"))
+    dense, pruned = (_cell(quantity, results[which]) for which in ("dense", "pruned"))
     ratio = results["ratios"][quantity.key]
     label = quantity.label
     if quantity.key == "file_bytes":
         label += f", {results['settings']['export']['precision']} ONNX"
     return Row(
         label,
-        _shown(dense, quantity.show),
-        _shown(pruned, quantity.show),
+        dense,
+        pruned,
         "" if ratio is None else _change(ratio, quantity.as_factor),
         _better(ratio, quantity.less_is_better),
     )
+
+
+def _cell(quantity: Quantity, figures: dict[str, Any]) -> str:
+    value, spread = figures[quantity.key], figures["spread"].get(quantity.key)
+    deviation = f" ± {spread / value:.0%}".replace("%", " %") if spread and value else ""
+    return _shown(value, quantity.show) + deviation
 
 
 def _shown(value: float | None, show: Callable[[float], str]) -> str:
@@ -256,8 +269,16 @@ def _conditions(results: dict[str, Any]) -> str:
         f"Perplexity over {evaluation['tokens']:,} tokens of {_name(_text(results))} in windows of "
         f"{evaluation['window']}. Speed from {settings['repeats']} repetitions of "
         f"{settings['prompt']} tokens of prompt and {settings['generate']} generated, each model "
-        "in its own process, the two in turns, after a warm-up."
+        f"in its own process, the two in turns, after a warm-up.{_disturbance(results['profile'])}"
     )
+
+
+def _disturbance(profile: dict[str, Any]) -> str:
+    disturbed = sum(run["disturbed"] for run in profile["runs"])
+    if not disturbed:
+        return ""
+    total = sum(len(run["repetitions"]) for run in profile["runs"])
+    return f" Other programs were busy during {disturbed} of the {total} repetitions of both."
 
 
 def _plots(results: dict[str, Any], events: Iterable[Event]) -> list[Plot]:
@@ -332,10 +353,10 @@ def _name(spec: str) -> str:
 # ---- what the profile says
 
 
-def _speeds(profile: dict[str, Any], which: str) -> dict[str, float]:
-    """Return the mean of each figure that the profile measured and the table shows."""
+def _measured(profile: dict[str, Any], which: str, statistic: str) -> dict[str, Any]:
+    """Return a statistic of each figure that the profile measured and the table shows."""
     summary = _run(profile, which)["summary"]
-    return {q.key: summary[q.key]["mean"] for q in QUANTITIES if q.key in summary}
+    return {q.key: summary[q.key][statistic] for q in QUANTITIES if q.key in summary}
 
 
 def _samples(profile: dict[str, Any]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:

@@ -29,7 +29,11 @@ def profile_run(which):
     return {
         "role": report.ROLES[which],
         "repetitions": [repetition] * 3,
-        "summary": {k: {"mean": v} for k, v in zip(MEASURED, SPEEDS[which], strict=True)},
+        "disturbed": 1,
+        "summary": {
+            key: {"mean": mean, "stdev": 0.05 * mean if "second" in key else None}
+            for key, mean in zip(MEASURED, SPEEDS[which], strict=True)
+        },
     }
 
 
@@ -48,7 +52,13 @@ def stages():
         "export-dense": {},
         "export-pruned": {},
         "evaluate": {"dense": perplexity(27.1), "pruned": perplexity(62.3)},
-        "profile": {"runs": [profile_run("pruned"), profile_run("dense")]},
+        "profile": {
+            "runs": [profile_run("pruned"), profile_run("dense")],
+            "ratios": {
+                key: {"median": pruned / dense}
+                for key, dense, pruned in zip(MEASURED, *SPEEDS.values(), strict=True)
+            },
+        },
     }
 
 
@@ -91,7 +101,7 @@ def test_the_table_tells_better_from_worse(results):
     assert rows["File size, int4 ONNX"].pruned == "97.0 MB"
     assert rows["Decode"].change == "× 1.25"
     assert rows["Decode"].better
-    assert rows["Time to first token"].dense == "150 ms"
+    assert rows["Time to first token"].dense == "150 ms ± 5 %"
     assert rows["Perplexity per token"].change == "× 2.30"
     assert rows["Perplexity per token"].better is False
 
