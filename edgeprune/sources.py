@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def resolve(
         )
     source = _find(name, revision, trust_remote_code, emit)
     if source.gguf_file:
-        header = _header(source)
+        header = gguf_header(source)
         gguf_file.check_loadable(header)
         return source
     _check_config(source)
@@ -285,7 +284,7 @@ def load_config(source: Source) -> PreTrainedConfig:
 
     with quiet():
         if source.gguf_file:
-            config = gguf_file.load_config(_header(source))
+            config = gguf_file.load_config(gguf_header(source))
         else:
             try:
                 config = AutoConfig.from_pretrained(
@@ -340,7 +339,7 @@ def load_model(
 
     config = load_config(source)
     if source.gguf_file:
-        header = _header(source)
+        header = gguf_header(source)
         dtype = dtype or getattr(torch, gguf_file.stored_float(header))
         if "rope_freqs.weight" in header.tensors:
             emit(
@@ -419,7 +418,8 @@ def _check_finite(source: Source, model: PreTrainedModel) -> None:
             )
 
 
-def _header(source: Source) -> gguf_file.Header:
+def gguf_header(source: Source) -> gguf_file.Header:
+    """Return the header of a GGUF source."""
     return gguf_file.read_header(source.path / str(source.gguf_file))
 
 
@@ -447,19 +447,3 @@ def _reported(tensors: Any, emit: Emit) -> Iterator[Any]:
         if done % 16 == 0:
             emit(Progress(stage="load", done=done, total=len(tensors), unit="tensors"))
         yield tensor
-
-
-# ---- where it may be used
-
-
-def licence(source: Source) -> str | None:
-    """Return the licence that the source states for itself, such as apache-2.0; None if unknown."""
-    if source.gguf_file:
-        stated = _header(source).metadata.get("general.license")
-        return str(stated) if stated else None
-    card = source.path / "README.md"
-    if not card.is_file():
-        return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
-    found = re.search(r"^license:\s*['\"]?([\w.+-]+)", front[1], re.M) if front else None
-    return found[1] if found else None

@@ -1,0 +1,310 @@
+"""Writing a checkpoint: weights, config, tokenizer, modelling file, model card and provenance.
+
+A checkpoint appears under its name when it is whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune import inspection, machine, nonuniform, provenance, sources
+from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.provenance import read_provenance as read_provenance
+from edgeprune.quantities import format_bytes, format_count
+from edgeprune.sources import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODELLING = "modeling_edgeprune"
+CARD = "README.md"
+ROOM = 32_000_000
+"""Bytes of disk for everything but the weights: the tokenizer is the largest."""
+
+
+def check_output(folder: Path) -> None:
+    """Raise BadInput unless ``folder`` can be made: absent or empty, where files may be written.
+
+    Call it before long work.
+    """
+    folder = folder.expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; name another output folder with -o DIR")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise BadInput(f"{folder} is not empty; name another output folder with -o DIR")
+    place = folder if folder.exists() else folder.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadInput(
+            f"{folder} cannot be made: {place} cannot be written; name another with -o DIR"
+        )
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path | str,
+    *,
+    provenance: dict[str, Any],
+    source: Source,
+) -> dict[str, Any]:
+    """Write ``model`` to ``folder`` and return the content of its ``edgeprune.json``.
+
+    ``provenance`` holds what was done and with which data, as plain JSON values; where the model
+    came from, its widths, parameter counts and versions are added here. BadInput if the folder is
+    not empty, EdgepruneError if the disk has no room; nothing is left behind in either case.
+    """
+    folder = Path(folder).expanduser().absolute()
+    check_output(folder)
+    needed = sum(p.numel() * p.element_size() for p in model.parameters()) + ROOM
+    with _no_room_is_told(folder, needed), _appearing_whole(folder) as unfinished:
+        _check_room(folder, needed)
+        with sources.quiet():
+            model.save_pretrained(unfinished)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+        _make_loadable(unfinished, pruned=bool(model.config.is_heterogeneous))
+        record = _record(model.config, source, provenance)
+        _write_json(unfinished / "edgeprune.json", record)
+        (unfinished / CARD).write_text(model_card(record), encoding="utf-8")
+    return record
+
+
+# ---- whole or not at all
+
+
+@contextmanager
+def _appearing_whole(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``folder`` that takes its name when all went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        _same_permissions(unfinished)
+        _sync(unfinished)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _sync_folder(folder.parent)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what an earlier process left when it was killed in the middle of this very folder."""
+    import psutil
+
+    for left in folder.parent.glob(f".{folder.name}.*.part"):
+        owner = left.name.removesuffix(".part").rpartition(".")[2]
+        if owner == str(os.getpid()) or not (owner.isdigit() and psutil.pid_exists(int(owner))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _same_permissions(folder: Path) -> None:
+    # safetensors makes its files readable by their owner alone, whatever the umask
+    mode = (folder / CARD).stat().st_mode
+    for path in folder.iterdir():
+        path.chmod(mode)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- room
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = machine.disk_free(folder)
+    if free < needed:
+        raise _no_room(folder, needed, free)
+
+
+@contextmanager
+def _no_room_is_told(folder: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # safetensors has an error of its own for what the system said
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+            raise _no_room(folder, needed, machine.disk_free(folder)) from error
+        raise
+
+
+def _no_room(folder: Path, needed: int, free: int) -> EdgepruneError:
+    return EdgepruneError(
+        f"the disk is full: {folder} needs {format_bytes(needed)} and {format_bytes(free)} are "
+        "free; make room or name a folder on another disk"
+    )
+
+
+# ---- content
+
+
+def _make_loadable(folder: Path, *, pruned: bool) -> None:
+    """Put the modelling file beside a pruned model, and nothing that refers to absent code."""
+    path = folder / "config.json"
+    config = sources.read_json(path)
+    config.pop("auto_map", None)
+    (folder / f"{nonuniform.__name__.rpartition('.')[2]}.py").unlink(missing_ok=True)
+    if pruned:
+        name = nonuniform.class_for(config["model_type"]).__name__
+        config["auto_map"] = {"AutoModelForCausalLM": f"{MODELLING}.{name}"}
+        shutil.copyfile(nonuniform.__file__, folder / f"{MODELLING}.py")
+    _write_json(path, config)
+
+
+def _record(config: Any, source: Source, made: dict[str, Any]) -> dict[str, Any]:
+    now = inspection.describe(config)
+    dense = inspection.describe(inspection.dense_config(config))
+    return {
+        "schema_version": provenance.SCHEMA_VERSION,
+        "source": provenance.origin(source),
+        "model_type": config.model_type,
+        "parameters": {
+            "total": now["parameters"],
+            "decoder": now["decoder_parameters"],
+            "dense_total": dense["parameters"],
+            "dense_decoder": dense["decoder_parameters"],
+        },
+        "layers": [w._asdict() for w in nonuniform.layer_widths(config)],
+        "dense_layers": [
+            w._asdict() for w in nonuniform.layer_widths(inspection.dense_config(config))
+        ],
+        "versions": provenance.versions(),
+        "made": made,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- the model card
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """Return the README.md of a checkpoint with this provenance."""
+    sections = [
+        _front_matter(record["source"]),
+        _what_it_is(record),
+        _how_to_load(),
+        _widths_table(record),
+        _how_it_was_made(record),
+    ]
+    return "\n".join(section.strip() + "\n" for section in sections)
+
+
+def _front_matter(source: dict[str, Any]) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if source["licence"]:
+        lines.append(f"license: {source['licence']}")
+    if source["kind"] == "hub":
+        lines.append(f"base_model: {source['name']}")
+    return "\n".join(["---", *lines, "tags:", "- edgeprune", "- pruned", "---"])
+
+
+def _what_it_is(record: dict[str, Any]) -> str:
+    counts, source = record["parameters"], record["source"]
+    removed = 1 - counts["decoder"] / counts["dense_decoder"]
+    revision = f" (revision {source['revision']})" if source["revision"] else ""
+    licence = source["licence"] or "not stated by the source: ask its author"
+    return f"""
+# {source["name"]}, {removed:.0%} pruned
+
+A version of {source["name"]}{revision} whose decoder layers have different widths: {removed:.1%} of
+the parameters inside them were removed.
+
+| | dense | this model |
+|---|---:|---:|
+| parameters | {counts["dense_total"]:,} | {counts["total"]:,} |
+| in decoder layers | {counts["dense_decoder"]:,} | {counts["decoder"]:,} |
+
+Licence: {licence}.
+"""
+
+
+def _how_to_load() -> str:
+    return """
+## Loading
+
+With edgeprune:
+
+```python
+import edgeprune
+
+model = edgeprune.load("path/to/this/folder")
+```
+
+Without it, transformers runs the small modelling file in this folder:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+To run it on a small device: `edgeprune export path/to/this/folder --onnx -o exported`.
+"""
+
+
+def _widths_table(record: dict[str, Any]) -> str:
+    pairs = enumerate(zip(record["layers"], record["dense_layers"], strict=True))
+    rows = [
+        f"| {i} | {' | '.join(_of(now, dense, key) for key in now)} |" for i, (now, dense) in pairs
+    ]
+    return "\n".join(
+        [
+            "## Widths",
+            "",
+            "| layer | query heads | KV heads | FFN channels |",
+            "|---:|---:|---:|---:|",
+            *rows,
+        ]
+    )
+
+
+def _of(now: dict[str, int], dense: dict[str, int], key: str) -> str:
+    return f"{now[key]}" if now[key] == dense[key] else f"{now[key]} of {dense[key]}"
+
+
+def _how_it_was_made(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    made = json.dumps(record["made"], indent=2, ensure_ascii=False)
+    decoder = format_count(record["parameters"]["decoder"])
+    return f"""
+## How it was made
+
+Made with {versions}; {decoder} parameters are left in the decoder layers. `edgeprune.json` has
+all of it for programs.
+
+```json
+{made}
+```
+"""
