@@ -187,7 +187,8 @@ def prune(
             trust_remote_code=trust_remote_code,
             emit=emit,
         )
-    _answer(summary, as_json, tables.pruned)
+    _answer(summary, as_json, lambda _: _inspected(output))
+    console.note(f"next: edgeprune export {output} --onnx -o DIR")
 
 
 @app.command()
@@ -208,17 +209,9 @@ def inspect(
     edgeprune inspect Qwen/Qwen3-8B --json
     """
     from edgeprune.inspection import inspect as work
-    from edgeprune.sources import resolve
 
     with console.progress() as emit:
-        source = resolve(
-            model,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            weights=False,
-            emit=emit,
-        )
-        found = work(source)
+        found = work(model, revision=revision, trust_remote_code=trust_remote_code, emit=emit)
     _answer(found, as_json, tables.inspection)
 
 
@@ -325,6 +318,7 @@ def export(
             trust_remote_code=trust_remote_code,
         )
     _answer(summary, as_json, tables.exported)
+    console.note(f"next: edgeprune profile {output}")
 
 
 @app.command()
@@ -491,6 +485,12 @@ def _answer(
         console.json_document(found)
     else:
         console.show(draw(found))
+
+
+def _inspected(checkpoint: Path) -> RenderableType:
+    from edgeprune.inspection import inspect
+
+    return tables.inspection(inspect(checkpoint))
 
 
 def _compared(results: dict[str, Any]) -> RenderableType:

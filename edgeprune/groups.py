@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeprune.families import Family, Half, Part, head_dim
+from edgeprune.families import Family, Half, Part, family_of, head_dim
 from edgeprune.nonuniform import widths_of
 
 HALVES: tuple[Half, Half] = ("attention", "mlp")
@@ -78,6 +78,22 @@ def layer_groups(family: Family, shapes: Mapping[str, tuple[int, ...]], config: 
         removable={half: output_bias[half] not in shapes for half in HALVES},
         parameters=sum(_numel(shape) for shape in shapes.values()),
     )
+
+
+def describe_layers(config: Any) -> list[LayerGroups]:
+    """Return the groups of every decoder layer of a dense or a pruned model, from its config alone."""
+    from edgeprune.inspection import build_on_meta
+
+    family = family_of(config)
+    layers = build_on_meta(config).model.layers
+    return [
+        layer_groups(
+            family,
+            {name: tuple(p.shape) for name, p in layer.named_parameters()},
+            config.per_layer_config[i],
+        )
+        for i, layer in enumerate(layers)
+    ]
 
 
 def _numel(shape: tuple[int, ...]) -> int:

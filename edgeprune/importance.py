@@ -105,6 +105,7 @@ class ImportanceWatcher:
                 len(self.kept[index].of(half)),
             )
 
+    @torch.no_grad()
     def _activation_scores(self, index: int, block: Block) -> Weights:
         """Mean size of each input of the output projections times the norm of the column that reads it."""
         return {
@@ -113,6 +114,7 @@ class ImportanceWatcher:
         }
 
 
+@torch.no_grad()
 def element_scores(block: Block, gradients: Weights, measure: ElementMeasure) -> Weights:
     """Return the importance of every element of a layer's groups, float32, in the parameters' shapes.
 

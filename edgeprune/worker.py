@@ -43,7 +43,7 @@ EVENTS = "events.jsonl"
 OUTPUT = "worker.log"
 RECIPE = "recipe.toml"
 STATE = "state.json"
-PRUNE_STATE = "prune-state.json"
+PRUNE_STATE = "prune-state.safetensors"
 UNFINISHED = "unfinished"
 PRUNED = "pruned"
 EXPORT_DENSE = "export-dense"
@@ -151,13 +151,13 @@ def _evaluate(work: Work) -> dict[str, Any]:
 def _perplexity(work: Work, source: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from edgeprune import sources
+    from edgeprune import machine, sources
     from edgeprune.perplexity import perplexity
     from edgeprune.texts import read_texts
 
     settings = work.recipe.evaluate
     found = perplexity(
-        sources.load_model(source),
+        sources.load_model(source, dtype=machine.compute_dtype()),
         sources.load_tokenizer(source),
         "\n\n".join(read_texts(settings.text)),
         window=settings.window,
