@@ -161,28 +161,30 @@ class _Pace:
 
 
 class _Titles:
-    """The names of the stages for people."""
+    """What people are told beside the figures: the names of the stages, and how pruning stands."""
 
     def __init__(self) -> None:
         self._known: dict[str, str] = {}
+        self.standing = ""
 
     def learn(self, event: StageStarted) -> str:
         title = event.title or self.of(event.stage)
         if event.of > 1:
             title = f"{event.index}/{event.of} {title}"
         self._known[event.stage] = title
+        self.standing = ""
         return title
+
+    def note(self, event: Progress) -> str:
+        return ", ".join(part for part in (event.note, self.standing) if part)
 
     def of(self, stage: str) -> str:
         words = stage.replace("-", " ").replace("_", " ")
         return self._known.get(stage, words[:1].upper() + words[1:])
 
 
-def _as_progress(event: PruneIteration) -> Progress:
-    note = f"loss {event.loss:.2f}, {format_count(event.decoder_parameters)} left"
-    return Progress(
-        stage="prune", done=event.iteration, total=event.of, unit="iterations", note=note
-    )
+def _came_to(event: PruneIteration) -> str:
+    return f"loss {event.loss:.2f}, {format_count(event.decoder_parameters)} left"
 
 
 def _resumed(event: RunStarted) -> str:
@@ -197,6 +199,12 @@ def _amount(event: Progress) -> str:
     return f"{done}/{total} {event.unit}".rstrip() if event.total else f"{done} {event.unit}"
 
 
+def _short_amount(event: Progress) -> str:
+    if event.total and event.unit.lower() not in ("b", "bytes"):
+        return f"{event.done / event.total:.0%}"
+    return _amount(event)
+
+
 def _left(seconds: float) -> str:
     return f"{seconds:.0f} s left" if seconds < 10 else f"{format_seconds(seconds)} left"
 
@@ -207,14 +215,21 @@ class _Bars:
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as Drawing
+        from rich.table import Column
 
         self.drawing = Drawing(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=14),
             TextColumn("{task.fields[amount]}", markup=False),
             _left_column(),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            TextColumn(
+                "{task.fields[note]}",
+                style="dim",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+            ),
+            expand=True,
             console=console,
             transient=True,
         )
@@ -224,8 +239,8 @@ class _Bars:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, PruneIteration):
-            event = _as_progress(event)
-        if isinstance(event, StageStarted):
+            self._titles.standing = _came_to(event)
+        elif isinstance(event, StageStarted):
             self._drop()
             self._add((event.stage, ""), self._titles.learn(event))
         elif isinstance(event, Progress):
@@ -257,8 +272,8 @@ class _Bars:
             self._tasks[key],
             completed=event.done,
             total=event.total or None,
-            amount=_amount(event),
-            note=event.note,
+            amount=_short_amount(event),
+            note=self._titles.note(event),
             pace=pace,
         )
 
@@ -301,8 +316,8 @@ class _Lines:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, PruneIteration):
-            event = _as_progress(event)
-        if isinstance(event, StageStarted):
+            self._titles.standing = _came_to(event)
+        elif isinstance(event, StageStarted):
             self._paces.clear()
             note(f"{self._titles.learn(event)} ...")
         elif isinstance(event, StageFinished):
@@ -324,5 +339,5 @@ class _Lines:
             return
         self._last = time.monotonic()
         left = pace.left()
-        parts = [_amount(event), event.note, "" if left is None else _left(left)]
+        parts = [_amount(event), self._titles.note(event), "" if left is None else _left(left)]
         note(f"{self._titles.of(event.stage)}: {', '.join(part for part in parts if part)}")

@@ -1,6 +1,6 @@
 """The engine's answers as tables for people.
 
-Each function takes the dictionary that ``--json`` prints and returns what rich can draw in 80 columns.
+Each takes the dictionary that ``--json`` prints and returns what rich can draw in 80 columns.
 """
 
 from __future__ import annotations
@@ -115,6 +115,29 @@ def perplexity(found: dict[str, Any]) -> RenderableType:
     )
 
 
+def exported(found: dict[str, Any]) -> RenderableType:
+    """Draw what ``exporters.onnx.export`` returns."""
+    lines = [("File size", f"{format_bytes(found['bytes'])}, {found['precision']}")]
+    parity = found["parity"]
+    if parity is None:
+        return _facts([*lines, ("Against PyTorch", "not compared")])
+    greedy = "the same" if parity["greedy_text_equal"] else "differs"
+    return _facts(
+        [
+            *lines,
+            ("Against PyTorch", f"{parity['prompts']} prompts, {parity['positions']} positions"),
+            ("  next token", f"{parity['greedy_agreement']:.1%} the same"),
+            ("  KL divergence", f"{parity['mean_kl']:.2g} nats a position"),
+            (
+                "  logits",
+                f"at most {max(parity['prompt_max_abs_diff'], parity['decode_max_abs_diff']):.2g} "
+                "apart",
+            ),
+            ("  greedy text", greedy),
+        ]
+    )
+
+
 def profile(rows: Sequence[Sequence[str]]) -> RenderableType:
     """Draw the rows of ``profiles.profile.table``; the first is the header."""
     head, *body = rows
@@ -188,11 +211,6 @@ def _libraries(libraries: dict[str, dict[str, str | None]]) -> Table:
             version["required"],
         )
     return table
-
-
-def facts(pairs: Iterable[tuple[str, str]]) -> RenderableType:
-    """Draw names and values, one pair a line."""
-    return _facts(pairs)
 
 
 def _facts(pairs: Iterable[tuple[str, str]]) -> Table:
