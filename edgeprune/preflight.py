@@ -40,6 +40,7 @@ def check_source(recipe: Recipe, folder: Path, emit: Emit) -> dict[str, Any]:
     problems = [
         *_disk_problems(shape["parameters"], folder),
         *_memory_problems(shape["parameters"], emit),
+        *_length_problems(recipe, shape["max_position_embeddings"]),
         *_text_problems(recipe),
     ]
     if problems:
@@ -72,6 +73,19 @@ def _memory_problems(parameters: int, emit: Emit) -> list[str]:
         )
         emit(Note(text=text, level="warning"))
     return []
+
+
+def _length_problems(recipe: Recipe, longest: int | None) -> list[str]:
+    lengths = {
+        "prune.length": recipe.prune.length,
+        "evaluate.window": recipe.evaluate.window,
+        "profile.prompt + profile.generate": recipe.profile.prompt + recipe.profile.generate,
+    }
+    return [
+        f"{name}: {length} tokens, and the model takes at most {longest}; ask for less"
+        for name, length in lengths.items()
+        if longest is not None and length > longest
+    ]
 
 
 def _text_problems(recipe: Recipe) -> list[str]:

@@ -140,7 +140,7 @@ class Recipe(_Section):
         """Return the recipe with every default written out; ``parse`` reads it back."""
         return tomli_w.dumps(self.model_dump(exclude_none=True))
 
-    def target(self) -> dict[str, float | int]:
+    def target(self) -> dict[str, Any]:
         """Return the one target given, as keyword arguments of ``prune``."""
         return self.prune.model_dump(include=set(TARGETS), exclude_none=True)
 

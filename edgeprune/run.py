@@ -61,9 +61,14 @@ def run(recipe: Recipe | str | Path, folder: str | Path, emit: Emit = ignore) ->
     folder = Path(folder).absolute()
     recipe = _check(recipe, folder)
     existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / worker.RECIPE).write_text(recipe.to_toml(), "utf-8")
-    worker.write_state(folder, {})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / worker.RECIPE).write_text(recipe.to_toml(), "utf-8")
+        worker.write_state(folder, {})
+    except OSError as error:
+        raise BadInput(
+            f"{folder}: cannot be written: {error.strerror}; name another with -o DIR"
+        ) from error
     try:
         return _work(folder, emit)
     except BadInput:
@@ -214,7 +219,7 @@ def _died(code: int, folder: Path) -> EdgepruneError:
     if machine.disk_free(folder) < 1_000_000:
         return _error(BadInput.exit_code, f"the disk of {folder} is full: free some space", folder)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    if code == -signal.SIGKILL:
+    if "SIGKILL" in how:
         how += " (out of memory?)"
     lines = (folder / worker.OUTPUT).read_text("utf-8", errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -97,23 +97,25 @@ def _source(work: Work) -> dict[str, Any]:
 
 
 def _prune(work: Work) -> dict[str, Any]:
+    from edgeprune import provenance
     from edgeprune.inspection import inspect
     from edgeprune.pruner import prune
 
+    pruned = work.folder / PRUNED
     options = work.recipe.prune.model_dump(exclude={*recipes.TARGETS, "skip_layers"})
-    with work.artefact(PRUNED) as output:
-        summary = prune(
-            _dense(work),
-            output,
-            **work.recipe.target(),
-            **options,
-            skip_layers=tuple(work.recipe.prune.skip_layers),
-            precision=work.recipe.export.precision,
-            state=work.folder / PRUNE_STATE,
-            trust_remote_code=work.recipe.source.trust_remote_code,
-            emit=work.emit,
-        )
-    return {"summary": summary, "inspection": inspect(str(work.folder / PRUNED))}
+    if not pruned.exists():  # it does if a worker was killed before it could record it
+        with work.artefact(PRUNED) as output:
+            prune(
+                _dense(work),
+                output,
+                **work.recipe.target(),
+                **options,
+                skip_layers=tuple(work.recipe.prune.skip_layers),
+                precision=work.recipe.export.precision,
+                state=work.folder / PRUNE_STATE,
+                emit=work.emit,
+            )
+    return {"summary": provenance.read_provenance(pruned), "inspection": inspect(pruned)}
 
 
 def _export_dense(work: Work) -> dict[str, Any]:
@@ -128,17 +130,20 @@ def _export_pruned(work: Work) -> dict[str, Any]:
 def _export(
     work: Work, model: str, name: str, revision: str | None, trust_remote_code: bool
 ) -> dict[str, Any]:
-    from edgeprune.exporters.onnx import export
+    from edgeprune.exporters.onnx import MANIFEST, export
 
-    with work.artefact(name) as output:
-        return export(
-            model,
-            output,
-            precision=work.recipe.export.precision,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            emit=work.emit,
-        )
+    if not (work.folder / name).exists():  # likewise
+        with work.artefact(name) as output:
+            export(
+                model,
+                output,
+                precision=work.recipe.export.precision,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                emit=work.emit,
+            )
+    manifest = json.loads((work.folder / name / MANIFEST).read_text("utf-8"))
+    return cast("dict[str, Any]", manifest)
 
 
 def _evaluate(work: Work) -> dict[str, Any]:
@@ -233,6 +238,9 @@ def work_through(folder: Path, stages: Sequence[Stage], emit: Emit) -> None:
     recipe = recipes.load(folder / RECIPE)
     finished = _finished(folder, stages)
     remove(folder / UNFINISHED)
+    for stage in stages[len(finished) + 1 :]:  # made from what is to be made again
+        for name in stage.artefacts:
+            remove(folder / name)
     emit(
         RunStarted(
             folder=str(folder),
@@ -264,7 +272,7 @@ def _finished(folder: Path, stages: Sequence[Stage]) -> dict[str, dict[str, Any]
     finished = {}
     for stage in stages:
         if stage.name not in kept or not all((folder / name).exists() for name in stage.artefacts):
-            break  # what follows was made from this one
+            break
         finished[stage.name] = kept[stage.name]
     return finished
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import signal
@@ -11,8 +12,8 @@ import psutil
 import pytest
 
 from edgeprune import recipe as recipes
+from edgeprune import report, worker
 from edgeprune import run as runs
-from edgeprune import worker
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted
 from edgeprune.events import Note, RunFailed, RunFinished, RunStarted, StageFinished, StageStarted
 from edgeprune.log import read_events
@@ -272,6 +273,12 @@ def test_a_run_is_not_overwritten(fake, folder):
         runs.run(RECIPE, folder)
 
 
+def test_a_folder_that_cannot_be_made_is_one_clear_line(fake, folder):
+    folder.write_text("a file")
+    with pytest.raises(BadInput, match=r"cannot be written: .*; name another with -o DIR"):
+        runs.run(RECIPE, folder / "run")
+
+
 def test_the_model_and_the_folder_are_both_told(folder):
     folder.write_text("a file")
     recipe = recipes.parse_toml(RECIPE.to_toml().replace('"m"', '"./no-such-model"'))
@@ -320,3 +327,90 @@ def test_runs_leave_no_threads(fake, folder):
     before = threading.active_count()
     runs.run(RECIPE, folder)
     assert threading.active_count() == before
+
+
+# ---- the real work, on a tiny model
+
+MOMENTS = [
+    ("source", "unrecorded"),
+    ("prune", "iteration"),
+    ("prune", "unrecorded"),
+    ("export-dense", "begun"),
+    ("export-pruned", "unrecorded"),
+    ("evaluate", "begun"),
+    ("profile", "begun"),
+    ("report", "unrecorded"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny_recipe(tmp_path_factory):
+    import tiny  # not above: it takes torch, which most of these tests do without
+
+    folder = tmp_path_factory.mktemp("source") / "tiny-llama"
+    tiny.save("llama", folder)
+    return recipes.parse(
+        {
+            "source": {"model": str(folder)},
+            "prune": {"sparsity": 0.3, "iterations": 3, "samples": 4, "length": 16},
+            "profile": {"prompt": 8, "generate": 4, "repeats": 2, "threads": 1},
+            "evaluate": {"window": 64, "max_tokens": 500},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return folder, runs.run(tiny_recipe, folder)
+
+
+def test_a_run_leaves_all_that_it_promises(uninterrupted):
+    folder, results = uninterrupted
+    assert results == json.loads((folder / worker.RESULTS).read_text())
+    assert results["pruned"]["decoder_parameters"] <= 0.7 * results["dense"]["decoder_parameters"]
+    rows = report.results_table(results)
+    assert all(row.dense != "–" and row.pruned != "–" for row in rows)
+    page = (folder / worker.REPORT).read_text()
+    assert page.count("<svg") == 3
+    assert len(page) < 1_000_000
+    assert {path.name for path in folder.iterdir()} == {
+        *(name for stage in worker.STAGES for name in stage.artefacts),
+        *(worker.EVENTS, worker.OUTPUT, worker.RECIPE, worker.STATE),
+        runs.LOCK,
+    }
+
+
+def test_killed_at_every_stage_and_resumed_the_result_is_the_same(
+    tiny_recipe, uninterrupted, folder, monkeypatch
+):
+    killer = str(Path(__file__).with_name("killed_worker.py"))
+    start = runs.run
+    for stage, moment in MOMENTS:
+        monkeypatch.setattr(runs, "WORKER", (sys.executable, killer, stage, moment))
+        with pytest.raises(EdgepruneError, match="SIGKILL"):
+            start(tiny_recipe, folder) if start is runs.run else runs.resume(folder)
+        assert read_events(folder / worker.EVENTS)[-1].to_json().get("stage", stage) == stage
+        start = runs.resume
+    monkeypatch.undo()
+    results = runs.resume(folder)
+    expected_folder, expected = uninterrupted
+    assert fingerprint(folder) == fingerprint(expected_folder)
+    for which in ("dense", "pruned"):
+        for key in ("parameters", "layers", "token_perplexity", "word_perplexity", "file_bytes"):
+            assert results[which][key] == expected[which][key]
+    assert not leftovers(folder)
+
+
+def fingerprint(folder):
+    """Return the hashes of the weights and what the exports say of their widths."""
+    weights = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder / worker.PRUNED).glob("*.safetensors")
+    }
+    widths = [
+        json.loads((folder / name / "edgeprune_export.json").read_text())["layers"]
+        for name in (worker.EXPORT_DENSE, worker.EXPORT_PRUNED)
+    ]
+    assert weights
+    return weights, widths
