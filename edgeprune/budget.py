@@ -47,7 +47,7 @@ def removable_parameters(groups: LayerGroups, limit: Limits) -> int:
 
 
 def layer_targets(
-    removed: Sequence[float],
+    planned: Sequence[float],
     prunable: Sequence[int],
     most: Sequence[int],
     importance: Sequence[float],
@@ -56,11 +56,12 @@ def layer_targets(
 ) -> list[float]:
     """Parameters that each layer should have lost after this iteration; they add up to ``total``.
 
-    Solves ``sum_i clip(removed_i + (base - amplitude * importance_i) * prunable_i, removed_i, most_i) = total`` for
+    Solves ``sum_i clip(planned_i + (base - amplitude * importance_i) * prunable_i, planned_i, most_i) = total`` for
     ``base``: equation 6 with the base sparsity adjusted for what the clip takes from single layers.
 
     Args:
-        removed: parameters that each layer has lost so far.
+        planned: what this gave in the iteration before (zeros at first). What has really gone differs from it
+            by less than a group.
         prunable: parameters in all groups of each layer.
         most: parameters that each layer may lose.
         importance: normalised layer importance, in [-1, 1].
@@ -71,7 +72,7 @@ def layer_targets(
     def at(base: float) -> list[float]:
         return [
             min(max(r + (base - amplitude * imp) * p, r), max(m, r))
-            for r, p, m, imp in zip(removed, prunable, most, importance, strict=True)
+            for r, p, m, imp in zip(planned, prunable, most, importance, strict=True)
         ]
 
     low, high = -abs(amplitude) - 1.0, abs(amplitude) + 1.0
@@ -86,20 +87,26 @@ class LayerChoice:
     """The groups of one layer in the order in which they would go, and where the cut is.
 
     ``order[half]`` are positions within the kept groups, least important first; ``gone[half]`` of them go.
+    ``sums[half][n]`` is the importance of the first ``n`` of them together.
     """
 
     groups: LayerGroups
     limit: Limits
     kept: Kept
-    scores: dict[Half, Tensor]
     order: dict[Half, Tensor]
+    sums: dict[Half, list[float]]
     gone: dict[Half, int]
 
     @staticmethod
-    def of(groups: LayerGroups, limit: Limits, kept: Kept, scores: dict[Half, Tensor]) -> LayerChoice:
+    def of(
+        groups: LayerGroups, limit: Limits, kept: Kept, scores: dict[Half, Tensor]
+    ) -> LayerChoice:
         """Start with nothing gone."""
         order = {half: torch.argsort(scores[half], stable=True) for half in HALVES}
-        return LayerChoice(groups, limit, kept, scores, order, dict.fromkeys(HALVES, 0))
+        sums = {
+            half: [0.0, *scores[half][order[half]].double().cumsum(0).tolist()] for half in HALVES
+        }
+        return LayerChoice(groups, limit, kept, order, sums, dict.fromkeys(HALVES, 0))
 
     def may_go(self, half: Half) -> int:
         """How many more groups of this half may go."""
@@ -112,15 +119,15 @@ class LayerChoice:
 
     def next_score(self, half: Half, number: int = 1) -> float:
         """Importance per parameter of the next ``number`` groups to go."""
-        start = self.gone[half]
-        chosen = self.order[half][start : start + number]
-        return float(self.scores[half][chosen].sum()) / (number * self.groups.cost[half])
+        return self._score(half, self.gone[half], self.gone[half] + number)
 
     def last_score(self, half: Half, number: int) -> float:
         """Importance per parameter of the last ``number`` groups that went."""
-        end = self.gone[half]
-        chosen = self.order[half][end - number : end]
-        return float(self.scores[half][chosen].sum()) / (number * self.groups.cost[half])
+        return self._score(half, self.gone[half] - number, self.gone[half])
+
+    def _score(self, half: Half, start: int, end: int) -> float:
+        sums = self.sums[half]
+        return (sums[end] - sums[start]) / ((end - start) * self.groups.cost[half])
 
     def spend(self, target: float) -> None:
         """Let groups go, least important per parameter first, until the layer is as near to ``target`` as it gets."""
@@ -146,11 +153,11 @@ def round_width(choice: LayerChoice, multiple: int) -> None:
     """Round a layer's FFN width to the nearest multiple that it still has; an untouched dense width stays."""
     have, dense = len(choice.kept.mlp), choice.groups.count["mlp"]
     width = have - choice.gone["mlp"]
-    if width == dense:
-        return
-    least = min(choice.limit.mlp, have)
-    rounded = min(round(width / multiple) * multiple, have // multiple * multiple)
-    choice.gone["mlp"] = have - max(rounded, least)
+    nearest = round(width / multiple) * multiple
+    if nearest > have // multiple * multiple:
+        # a dense width need not be a multiple: it stays, or goes down to the next one
+        nearest = have if have == dense else have // multiple * multiple
+    choice.gone["mlp"] = have - max(nearest, min(choice.limit.mlp, have))
 
 
 def trim(choices: list[LayerChoice], multiple: int, total: int) -> None:
@@ -198,31 +205,26 @@ def _step(choice: LayerChoice, half: Half, multiple: int) -> int:
 
 
 def _step_back(choice: LayerChoice, half: Half, multiple: int) -> int:
-    """Groups to give back at once, so that the width is again a multiple or the dense one; 0 where it cannot."""
+    """Groups to give back at once: one KV group, or channels up to the next multiple or the dense width."""
     gone = choice.gone[half]
-    if half == "attention":
-        return min(gone, 1)
-    if gone >= multiple:
-        return multiple
-    whole = len(choice.kept.mlp) == choice.groups.count["mlp"]
-    return gone if whole else 0
+    return min(gone, 1 if half == "attention" else multiple)
 
 
 def choose(
-    choices: list[LayerChoice], targets: Sequence[float], total: int, multiple: int | None
+    choices: list[LayerChoice], targets: Sequence[float], multiple: int, total: int | None = None
 ) -> list[Kept]:
     """Choose the groups that stay.
 
     Args:
         choices: one a layer, nothing gone yet.
-        targets: parameters that each layer should have lost (``layer_targets``).
-        total: parameters that all should have lost.
-        multiple: round FFN widths to it and meet ``total`` (the last iteration); None leaves widths free.
+        targets: parameters that each layer should have lost (``layer_targets``); met to the nearest step.
+        multiple: FFN widths are rounded to it.
+        total: parameters that all layers together must have lost (the last iteration); None leaves it
+            at what the rounding gives.
     """
     for choice, target in zip(choices, targets, strict=True):
         choice.spend(target)
-        if multiple is not None:
-            round_width(choice, multiple)
-    if multiple is not None:
+        round_width(choice, multiple)
+    if total is not None:
         trim(choices, multiple, total)
     return [choice.result() for choice in choices]

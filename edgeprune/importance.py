@@ -109,7 +109,9 @@ class ImportanceWatcher:
     def _activation_scores(self, index: int, block: Block) -> Weights:
         """Mean size of each input of the output projections times the norm of the column that reads it."""
         return {
-            f"{OUTPUT[half]}.weight": (size * block.weights[f"{OUTPUT[half]}.weight"].float().norm(dim=0))[None]
+            f"{OUTPUT[half]}.weight": (
+                size * block.weights[f"{OUTPUT[half]}.weight"].float().norm(dim=0)
+            )[None]
             for half, size in self._inputs[index].items()
         }
 

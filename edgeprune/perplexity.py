@@ -98,7 +98,9 @@ def _check_window(model: Any, window: int, stride: int) -> None:
     if not 2 <= window <= longest:
         raise BadInput(f"a window of {window} tokens: this model takes 2 to {longest}")
     if not 1 <= stride <= window:
-        raise BadInput(f"a stride of {stride} tokens: it must be between 1 and the window, {window}")
+        raise BadInput(
+            f"a stride of {stride} tokens: it must be between 1 and the window, {window}"
+        )
 
 
 def _exp(x: float) -> float:
@@ -117,9 +119,7 @@ def tokenize(tokenizer: Any, text: str, max_tokens: int | None) -> Tensor:
 
 
 @torch.inference_mode()
-def _likelihood(
-    model: Any, ids: Tensor, window: int, stride: int, emit: Emit
-) -> tuple[float, int]:
+def _likelihood(model: Any, ids: Tensor, window: int, stride: int, emit: Emit) -> tuple[float, int]:
     """Return the summed negative log likelihood and how many tokens were predicted."""
     total, predicted, done = 0.0, 0, 0
     spans = list(_spans(len(ids), window, stride))
@@ -148,9 +148,7 @@ def _spans(length: int, window: int, stride: int) -> Iterator[tuple[int, int, in
             return
 
 
-def _batches(
-    spans: list[tuple[int, int, int]], most: int
-) -> Iterator[list[tuple[int, int, int]]]:
+def _batches(spans: list[tuple[int, int, int]], most: int) -> Iterator[list[tuple[int, int, int]]]:
     """Group neighbours of equal length, so that nothing is padded."""
     batch: list[tuple[int, int, int]] = []
     for span in spans:

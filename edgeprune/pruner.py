@@ -20,7 +20,14 @@ from torch import Tensor
 from edgeprune import calibration as texts
 from edgeprune import checkpoint, machine, sources
 from edgeprune.blocks import EAGER_UP_TO, Block, Ends, Pass
-from edgeprune.budget import LayerChoice, Limits, choose, layer_targets, limits, removable_parameters
+from edgeprune.budget import (
+    LayerChoice,
+    Limits,
+    choose,
+    layer_targets,
+    limits,
+    removable_parameters,
+)
 from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Note, Progress, PruneIteration, ignore
 from edgeprune.families import Half
@@ -56,7 +63,12 @@ class Options:
 
     def check(self, config: Any) -> None:
         """Raise BadInput for what cannot be done with this model."""
-        for name, least in (("iterations", 1), ("samples", 1), ("length", 2), ("width_multiple", 1)):
+        for name, least in (
+            ("iterations", 1),
+            ("samples", 1),
+            ("length", 2),
+            ("width_multiple", 1),
+        ):
             if getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name, kind in _CHOICES.items():
@@ -68,7 +80,9 @@ class Options:
         layers = config.num_hidden_layers
         for number in self.skip_layers:
             if not 0 <= number < layers:
-                raise BadInput(f"there is no decoder layer {number}: this model has 0 to {layers - 1}")
+                raise BadInput(
+                    f"there is no decoder layer {number}: this model has 0 to {layers - 1}"
+                )
         longest = getattr(config, "max_position_embeddings", None) or self.length
         if self.length > longest:
             raise BadInput(f"length is {self.length} tokens; this model takes at most {longest}")
@@ -186,7 +200,8 @@ class _Run:
     """What is planned and what is decided so far.
 
     ``memory[half][i]`` holds the importance of all *dense* groups of layer i over the past iterations, discounted;
-    ``layer_memory`` the same for layers, and ``weight`` the sum of the discounts.
+    ``layer_memory`` the same for layers, and ``weight`` the sum of the discounts. ``planned`` is how many parameters
+    each layer should have lost so far.
     """
 
     options: Options
@@ -196,6 +211,7 @@ class _Run:
     kept: list[Kept]
     memory: dict[Half, list[Tensor]]
     layer_memory: list[float]
+    planned: list[float]
     losses: list[float]
     weight: float = 0.0
 
@@ -213,6 +229,7 @@ class _Run:
             kept=[g.everything() for g in groups],
             memory={half: [torch.zeros(g.count[half]) for g in groups] for half in HALVES},
             layer_memory=[0.0] * len(groups),
+            planned=[0.0] * len(groups),
             losses=[],
         )
         target.check(config, run.groups, run.most())
@@ -234,6 +251,7 @@ class _Run:
                 tensors[f"kept.{half}.{i}"] = kept.of(half).contiguous()
                 tensors[f"memory.{half}.{i}"] = self.memory[half][i]
         tensors["layer_memory"] = torch.tensor(self.layer_memory, dtype=torch.float64)
+        tensors["planned"] = torch.tensor(self.planned, dtype=torch.float64)
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["weight"] = torch.tensor(self.weight, dtype=torch.float64)
         unfinished = path.with_name(path.name + ".tmp")
@@ -254,6 +272,7 @@ class _Run:
                 self.kept = [Kept(*(read(f"kept.{half}.{i}") for half in HALVES)) for i in layers]
                 self.memory = {h: [read(f"memory.{h}.{i}") for i in layers] for h in HALVES}
                 self.layer_memory = read("layer_memory").tolist()
+                self.planned = read("planned").tolist()
                 self.losses = read("losses").tolist()
                 self.weight = float(read("weight"))
         except (SafetensorError, OSError) as error:
@@ -338,34 +357,30 @@ class _Run:
 
     def _decide(self, config: Any, iteration: int) -> None:
         options = self.options
-        last = iteration == options.iterations
         total = self.target.removed * iteration / options.iterations
         amplitude = options.amplitude if options.method == "adapt" else 0.0
-        removed = [float(g.removed_parameters(k)) for g, k in zip(self.groups, self.kept, strict=True)]
-        targets = layer_targets(
-            removed,
+        self.planned = layer_targets(
+            self.planned,
             [g.prunable for g in self.groups],
             self.most(),
             self.layer_importance(),
             amplitude,
             total,
         )
-        if not last:
-            self.kept = choose(self._choices(), targets, math.ceil(total), None)
-            return
-        self.kept = self.target.settle(
-            config,
-            lambda whole: choose(self._choices(), targets, whole, options.width_multiple),
-        )
+        multiple = options.width_multiple
+        if iteration < options.iterations:
+            self.kept = choose(self._choices(), self.planned, multiple)
+        else:
+            self.kept = self.target.settle(
+                config, lambda whole: choose(self._choices(), self.planned, multiple, whole)
+            )
 
     def _choices(self) -> list[LayerChoice]:
         return [
             LayerChoice.of(
                 g, bound, k, {h: self.memory[h][i][k.of(h)] / self.weight for h in HALVES}
             )
-            for i, (g, bound, k) in enumerate(
-                zip(self.groups, self.limits, self.kept, strict=True)
-            )
+            for i, (g, bound, k) in enumerate(zip(self.groups, self.limits, self.kept, strict=True))
         ]
 
     def _event(self, iteration: int, seconds: float) -> PruneIteration:

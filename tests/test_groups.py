@@ -78,9 +78,7 @@ def test_costs_and_counts_add_up_to_the_real_parameters(family):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_generation_with_the_cache_equals_generation_without(family):
     dense = tiny.model(family)
-    pruned = cut_model(
-        dense, describe_layers(dense.config), kept_of(dense, lose_attention_of=0)
-    )
+    pruned = cut_model(dense, describe_layers(dense.config), kept_of(dense, lose_attention_of=0))
     ids = torch.arange(3, 20)[None]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     cached = pruned.generate(ids, use_cache=True, **options)
@@ -126,9 +124,7 @@ def test_pruning_twice_equals_pruning_once():
         for a, b in zip(first, second, strict=True)
     ]
     twice = cut_model(once, describe_layers(once.config), again)
-    direct = [
-        Kept(*(a.of(h)[b.of(h)] for h in HALVES)) for a, b in zip(first, again, strict=True)
-    ]
+    direct = [Kept(*(a.of(h)[b.of(h)] for h in HALVES)) for a, b in zip(first, again, strict=True)]
     at_once = cut_model(dense, describe_layers(dense.config), direct)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
