@@ -55,6 +55,8 @@ class Row:
 
 
 def _perplexity(value: float) -> str:
+    if value >= 1e6:
+        return f"{value:.2g}"
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
@@ -187,7 +189,7 @@ def _row(quantity: Quantity, results: dict[str, Any]) -> Row:
         dense,
         pruned,
         "" if ratio is None else _change(ratio, quantity.as_factor),
-        _better(ratio, quantity.less_is_better),
+        _better(ratio, quantity.less_is_better, _noise(quantity.key, results)),
     )
 
 
@@ -208,10 +210,17 @@ def _change(ratio: float, as_factor: bool) -> str:
     return f"{sign}{abs(ratio - 1):.1%}".replace("%", " %")
 
 
-def _better(ratio: float | None, less_is_better: bool) -> bool | None:
-    if ratio is None or abs(ratio - 1) < 0.005:
+def _better(ratio: float | None, less_is_better: bool, noise: float) -> bool | None:
+    if ratio is None or abs(ratio - 1) < noise:
         return None
     return (ratio < 1) == less_is_better
+
+
+def _noise(key: str, results: dict[str, Any]) -> float:
+    """Return the relative difference below which two figures count as the same."""
+    spreads = [results[which]["spread"].get(key) or 0 for which in ("dense", "pruned")]
+    means = [results[which][key] or 1 for which in ("dense", "pruned")]
+    return max(0.005, *(spread / mean for spread, mean in zip(spreads, means, strict=True)))
 
 
 # ---- report.html

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.events import (
     Emit,
     Event,
+    Progress,
     RunFailed,
     RunFinished,
     RunStarted,
@@ -149,25 +150,38 @@ def _export(
 def _evaluate(work: Work) -> dict[str, Any]:
     from edgeprune import sources
 
-    pruned = sources.resolve(str(work.folder / PRUNED))
-    return {"dense": _perplexity(work, _dense(work)), "pruned": _perplexity(work, pruned)}
+    both = {"dense": _dense(work), "pruned": sources.resolve(work.folder / PRUNED)}
+    return {
+        which: _perplexity(work.recipe, source, _half(which, part, work.emit))
+        for part, (which, source) in enumerate(both.items())
+    }
 
 
-def _perplexity(work: Work, source: Any) -> dict[str, Any]:
-    from dataclasses import asdict
+def _half(note: str, part: int, emit: Emit) -> Emit:
+    """Count the windows of both models as one work: part 0 is the first half, 1 the second."""
 
+    def pass_on(event: Event) -> None:
+        if isinstance(event, Progress):
+            done = part * event.total + event.done
+            event = replace(event, done=done, total=2 * event.total, note=note)
+        emit(event)
+
+    return pass_on
+
+
+def _perplexity(recipe: Recipe, source: Any, emit: Emit) -> dict[str, Any]:
     from edgeprune import machine, sources
     from edgeprune.perplexity import perplexity
     from edgeprune.texts import read_texts
 
-    settings = work.recipe.evaluate
+    settings = recipe.evaluate
     found = perplexity(
         sources.load_model(source, dtype=machine.compute_dtype()),
         sources.load_tokenizer(source),
         "\n\n".join(read_texts(settings.text)),
         window=settings.window,
         max_tokens=settings.max_tokens,
-        emit=work.emit,
+        emit=emit,
     )
     return asdict(found)
 

@@ -106,6 +106,13 @@ def test_the_table_tells_better_from_worse(results):
     assert rows["Perplexity per token"].better is False
 
 
+def test_a_difference_within_the_spread_is_neither_better_nor_worse(stages):
+    stages["profile"]["ratios"]["decode_tokens_per_second"]["median"] = 1.04  # spread: 5 %
+    rows = {r.label: r for r in report.results_table(report.build_results(recipes.demo(), stages))}
+    assert rows["Decode"].better is None
+    assert rows["Prefill"].better is True
+
+
 def test_a_figure_that_is_not_finite_or_missing_is_null_and_a_dash(stages):
     stages["evaluate"]["pruned"]["token_perplexity"] = math.inf
     stages["evaluate"]["pruned"]["word_perplexity"] = None
