@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from edgeprune import machine, preflight, recipe
+from edgeprune.errors import BadInput
+from edgeprune.events import Note
+from edgeprune.sources import Source
+
+SHAPE = {"parameters": 1_000_000_000, "max_position_embeddings": 256}
+GB = 10**9
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path):
+    """Return a function that checks a run on a model of 1B parameters on a machine as given."""
+
+    def run(*, disk=100 * GB, memory=(64 * GB, 64 * GB), **sections):
+        source = Source("m", "folder", Path("/models/m"))
+        monkeypatch.setattr(preflight.sources, "resolve", lambda *a, **k: source)
+        monkeypatch.setattr(preflight, "inspect", lambda source: SHAPE)
+        monkeypatch.setattr(machine, "disk_free", lambda folder: disk)
+        monkeypatch.setattr(machine, "memory", lambda: machine.Memory(*memory))
+        data = {"source": {"model": "m"}, "prune": {"sparsity": 0.3}}
+        data |= {"profile": {"prompt": 64, "generate": 64}, "evaluate": {"window": 128}}
+        notes = []
+        found = preflight.check_source(recipe.parse(data | sections), tmp_path, notes.append)
+        return found, notes
+
+    return run
+
+
+def test_a_run_that_fits_is_told_where_the_model_is_and_its_shape(check):
+    found, notes = check()
+    assert found["inspection"] == SHAPE
+    assert Source(**found["source"]).kind == "folder"
+    assert notes == []
+
+
+def test_all_problems_are_told_at_once_with_their_figures(check, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(BadInput) as caught:
+        check(
+            disk=5 * GB,
+            memory=(2 * GB, 2 * GB),
+            prune={"sparsity": 0.3, "calibration": str(empty)},
+            evaluate={"window": 1024},
+        )
+    disk, memory, window, text = str(caught.value).splitlines()
+    assert "5.00 GB free, and the run may need 12.2 GB" in disk
+    assert "4.00 GB of memory in float32 and this machine has 2.00 GB" in memory
+    assert window.startswith("evaluate.window: 1024 tokens, and the model takes at most 256")
+    assert str(empty) in text
+
+
+def test_memory_that_others_use_now_is_a_warning(check):
+    _, (note,) = check(memory=(64 * GB, 1 * GB))
+    assert isinstance(note, Note)
+    assert note.level == "warning"
+    assert "1.00 GB are free now" in note.text
