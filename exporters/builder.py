@@ -22,10 +22,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from edgeprune.errors import BadInput
+from edgeprune.errors import BadInput, one_line
 from edgeprune.exporters.quantize import Blocks, quantize
 from edgeprune.exporters.storage import Storage
 from edgeprune.nonuniform import CAUSAL_LM, layer_widths
+
+# Caches as short as the window would break generation that is shorter than the window.
+_OPTIONS = {"accuracy_level": 4, "windowed_kv_cache": False}
 
 _Untyped: Any = object  # the builder's classes are known only once they are imported
 
@@ -483,10 +486,8 @@ def build(
     modules.main.add_special_token_ids(config, tokenizer)
     cls = _class_for(_BUILDER_CLASSES[model.config.model_type][_rope_types(model.config)[0]])
     float32 = modules.ir.DataType.FLOAT
-    with torch.no_grad():
-        graph: Any = cls(
-            config, float32, float32, "cpu", str(folder / "cache"), {"accuracy_level": 4}
-        )
+    with torch.no_grad(), _refusing():
+        graph: Any = cls(config, float32, float32, "cpu", str(folder / "cache"), dict(_OPTIONS))
         graph.model_type = _RUNTIME_TYPES.get(model.config.model_type, graph.model_type)
         graph.prepare(model, storage, on_layer)
         graph.make_model("")
@@ -498,6 +499,15 @@ def build(
 def _class_for(name: str) -> type:
     base = getattr(_modules().classes, name)
     return type(f"PerLayer{base.__name__}", (_PerLayer, base), {})
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what the builder says it cannot do into BadInput."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise BadInput(f"the model cannot be exported to ONNX: {one_line(error)}") from error
 
 
 def _rope_types(config: PreTrainedConfig) -> list[str]:

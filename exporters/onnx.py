@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -108,7 +109,8 @@ def _build(source: Source, folder: Path, precision: str, check: bool, emit: Emit
     tokenizer = load_tokenizer(source)
     config = model.config
     answers = parity.reference(model, tokenizer) if check else []
-    model.generation_config.save_pretrained(folder)
+    # written without judging it: published models carry settings that transformers refuses to save
+    model.generation_config.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
     layers = config.num_hidden_layers
 
@@ -156,6 +158,10 @@ def _building(output: Path) -> Iterator[Path]:
     try:
         yield temporary
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise BadInput(
+                f"the disk of {output} is full; free space on it, or give a folder on another disk"
+            ) from error
         raise EdgepruneError(f"{output} could not be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -42,6 +42,8 @@ class Answer:
     prompt: list[int]
     generated: list[int]
     logits: np.ndarray
+    plain: list[int] | None = None
+    """The prompt without the tokens that the tokenizer puts around it."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,11 @@ class Parity:
 @torch.inference_mode()
 def reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
     """Ask PyTorch all prompts; the model should be in float32."""
-    return [_answer(model, tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    return [_answer(model, tokenizer, text) for text in PROMPTS]
 
 
-def _answer(model: PreTrainedModel, prompt: list[int]) -> Answer:
+def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Answer:
+    prompt = tokenizer(text)["input_ids"]
     tokens = torch.tensor([prompt], device=model.device)
     output = model(tokens, use_cache=True)
     rows = [output.logits[0].float().cpu()]
@@ -88,7 +91,8 @@ def _answer(model: PreTrainedModel, prompt: list[int]) -> Answer:
         output = model(token, past_key_values=output.past_key_values, use_cache=True)
         rows.append(output.logits[0].float().cpu())
         generated.append(int(rows[-1][-1].argmax()))
-    return Answer(prompt, generated, torch.cat(rows).numpy())
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Answer(prompt, generated, torch.cat(rows).numpy(), plain)
 
 
 def check(folder: Path, answers: list[Answer], precision: str) -> Parity:
@@ -98,7 +102,7 @@ def check(folder: Path, answers: list[Answer], precision: str) -> Parity:
         model = og.Model(str(folder))
         tokenizer = og.Tokenizer(model)
         tokenizer_equal = all(
-            [int(token) for token in tokenizer.encode(text)] == answer.prompt
+            [int(token) for token in tokenizer.encode(text)] in (answer.prompt, answer.plain)
             for text, answer in zip(PROMPTS, answers, strict=True)
         )
         ends = {int(token) for token in np.atleast_1d(tokenizer.eos_token_ids)}

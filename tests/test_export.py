@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(builder, "build", full)
-    with pytest.raises(EdgepruneError, match="No space left"):
+    with pytest.raises(BadInput, match=r"disk of .* is full"):
         export(str(llama), tmp_path / "out", check=False)
     assert not list(tmp_path.iterdir())
 
@@ -215,6 +215,13 @@ def test_rotary_embeddings_the_builder_gets_wrong_are_refused() -> None:
     config = tiny.config("llama", rope_parameters={"rope_type": "linear", "factor": 2.0})
     with pytest.raises(BadInput, match="rotary embedding 'linear'"):
         builder.check_supported(config)
+
+
+def test_what_the_builder_cannot_do_is_bad_input(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "source", hidden_act="quick_gelu")
+    with pytest.raises(BadInput, match="quick_gelu"):
+        export(str(source), tmp_path / "out", check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_unknown_families_are_refused_by_name() -> None:
