@@ -68,6 +68,7 @@ def save(
     with _no_room_is_told(folder, needed), _appearing_whole(folder) as unfinished:
         _check_room(folder, needed)
         with sources.quiet():
+            _inherit_generation(model, source)
             model.save_pretrained(unfinished)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
@@ -164,6 +165,16 @@ def _no_room(folder: Path, needed: int, free: int) -> EdgepruneError:
 
 
 # ---- content
+
+
+def _inherit_generation(model: PreTrainedModel, source: Source) -> None:
+    """Give a model that was built from a config the generation settings of its source."""
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    made_up = settings is None or getattr(settings, "_from_model_config", False)
+    if made_up and (source.path / "generation_config.json").is_file() and not source.gguf_file:
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
 
 
 def _make_loadable(folder: Path, *, pruned: bool) -> None:

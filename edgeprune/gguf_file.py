@@ -1,4 +1,4 @@
-"""Reading the header of a GGUF file: metadata and tensor table, without the weights.
+"""Reading a GGUF file: its header (metadata and tensor table) alone, and its weights.
 
 transformers reads the vocabulary of a GGUF string by string through a memory map, which takes
 seconds, also when it is asked for the config alone. Here the header is walked once with ``struct``.
@@ -9,15 +9,18 @@ from __future__ import annotations
 import mmap
 import struct
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import BadInput, one_line
+from edgeprune.events import Emit, Progress, ignore
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -39,7 +42,9 @@ SCALARS = {
 }
 # an array as long as this is a vocabulary or a table of merges: its values are not kept
 LONG_ARRAY = 4096
-VOCABULARY = "tokenizer.ggml.tokens"
+# what transformers can make a config of, among the families that can be pruned
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma3")
+ROPE_FACTORS = ("rope_freqs", "rope_factors")
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,11 @@ def check_loadable(header: Header) -> None:
         )
     if "token_embd.weight" not in header.tensors or not architecture:
         raise BadInput(f"{path} holds no language model (architecture '{architecture}')")
+    if architecture not in ARCHITECTURES:
+        raise BadInput(
+            f"{path} is a GGUF of architecture '{architecture}'; those that can be read are "
+            f"{', '.join(ARCHITECTURES)}: give the model's safetensors instead"
+        )
     if header.metadata.get(f"{architecture}.expert_count", 0):
         raise BadInput(f"{path} is a mixture of experts; only dense models can be pruned")
     counts = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
@@ -260,3 +270,67 @@ def stored_float(header: Header) -> str:
     """
     kinds = {tensor.ggml_type for tensor in header.tensors.values() if len(tensor.shape) > 1}
     return {frozenset({1}): "float16", frozenset({30}): "bfloat16"}.get(frozenset(kinds), "float32")
+
+
+def load_weights(
+    header: Header, model: PreTrainedModel, dtype: torch.dtype, emit: Emit = ignore
+) -> dict[str, torch.Tensor]:
+    """Return the weights of ``model`` (which may be on the meta device) from the file, in ``dtype``.
+
+    Read here because transformers makes the gguf package's table of names anew for every module,
+    which takes longer than all the rest. BadInput names a weight that is missing or left over.
+    """
+    import gguf
+    import numpy as np
+    import torch
+
+    stored_name = _names(header, model.config.num_hidden_layers)
+    left = {name for name in header.tensors if not name.startswith(ROPE_FACTORS)}
+    data = np.memmap(header.path, mode="r", dtype=np.uint8)
+    wanted = dict(model.named_parameters())
+    weights = {}
+    for done, (name, parameter) in enumerate(wanted.items()):
+        if done % 16 == 0:
+            emit(Progress(stage="load", done=done, total=len(wanted), unit="tensors"))
+        stored = stored_name(name)
+        tensor = header.tensors.get(stored)
+        if tensor is None or tensor.shape != tuple(parameter.shape):
+            raise BadInput(f"{header.path}: {stored} is missing or misshapen; download it again")
+        start = header.data_start + tensor.offset
+        raw = np.asarray(data[start : start + _tensor_bytes(header, stored, tensor)])
+        rows = raw.reshape(*tensor.shape[:-1], -1)
+        values = gguf.dequantize(rows, gguf.GGMLQuantizationType(tensor.ggml_type))
+        values = _as_in_transformers(header, stored, values.reshape(tensor.shape))
+        weights[name] = torch.from_numpy(np.array(values)).to(dtype)
+        left.discard(stored)
+    if left:
+        raise BadInput(f"{header.path}: nothing in its config uses {min(left)}; give safetensors")
+    return weights
+
+
+def _names(header: Header, num_hidden_layers: int) -> Callable[[str], str]:
+    """Return the way from a parameter's name in transformers to its name in the file."""
+    import gguf
+
+    architecture = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[header.architecture]
+    table = gguf.get_tensor_name_map(architecture, num_hidden_layers)
+
+    def stored_name(name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        return f"{table.get_name(module)}.{kind}"
+
+    return stored_name
+
+
+def _as_in_transformers(header: Header, name: str, values: Any) -> Any:
+    """Undo what llama.cpp's converter does to the values of a tensor (a NumPy array)."""
+    if header.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+        kind = "head_count" if ".attn_q." in name else "head_count_kv"
+        heads = header.metadata.get(f"llama.attention.{kind}")
+        heads = heads or header.metadata["llama.attention.head_count"]
+        # it interleaves the two halves that the rotary embedding rotates
+        pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(values.shape)
+    if header.architecture == "gemma3" and name.endswith("norm.weight"):
+        return values - 1  # Gemma's norms multiply by 1 + weight
+    return values

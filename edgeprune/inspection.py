@@ -11,8 +11,9 @@ from typing import Any
 from edgeprune import provenance, sources
 from edgeprune.events import Emit, ignore
 from edgeprune.families import Part, family_of, head_dim
-from edgeprune.nonuniform import LayerWidths, class_for, layer_widths
+from edgeprune.nonuniform import LayerWidths, layer_widths
 from edgeprune.sources import Source
+from edgeprune.sources import build_on_meta as build_on_meta
 
 SCHEMA_VERSION = 1
 KV_TOKENS = 1000
@@ -90,17 +91,6 @@ def describe(config: Any) -> dict[str, Any]:
         "kv_cache_bytes_per_1k_tokens": _kv_cache(config),
         "kv_cache_assumption": KV_ASSUMPTION,
     }
-
-
-def build_on_meta(config: Any) -> Any:
-    """Build the model of a dense or pruned config without memory for its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"), sources.quiet():
-        if config.is_heterogeneous:
-            return class_for(config.model_type)(config)
-        return AutoModelForCausalLM.from_config(config)
 
 
 def dense_config(config: Any) -> Any:

@@ -13,14 +13,13 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeprune import gguf_file, hub
 from edgeprune.errors import BadInput, one_line
-from edgeprune.events import Emit, Note, Progress, ignore
+from edgeprune.events import Emit, Note, ignore
 from edgeprune.families import family_of
 
 if TYPE_CHECKING:
@@ -335,42 +334,70 @@ def load_model(
     ``dtype`` None keeps the type they are stored in (float32 for a quantized GGUF); ``device`` None
     is the processor. BadInput names the first tensor that is missing, misshapen, NaN or infinite.
     """
-    import torch
-
     config = load_config(source)
-    if source.gguf_file:
-        header = gguf_header(source)
-        dtype = dtype or getattr(torch, gguf_file.stored_float(header))
-        if "rope_freqs.weight" in header.tensors:
-            emit(
-                Note(
-                    text=f"{source.title}: transformers ignores the long-context rope factors of "
-                    "GGUF files; give the safetensors for contexts beyond 8k",
-                    level="warning",
-                )
-            )
+    read = _read_gguf if source.gguf_file else _read_safetensors
     try:
-        with quiet(emit):
-            model: PreTrainedModel
-            model, report = _class_for(config).from_pretrained(
-                source.path,
-                config=config,
-                dtype=dtype or "auto",
-                gguf_file=source.gguf_file,
-                trust_remote_code=source.trust_remote_code,
-                local_files_only=True,
-                use_safetensors=None if source.gguf_file else True,
-                output_loading_info=True,
-            )
+        with quiet():
+            model, report = read(source, config, dtype, emit)
     except NotImplementedError as error:
         raise BadInput(f"{source.name} cannot be read: {one_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"{source.name} cannot be loaded: {one_line(error)}") from error
     _check_complete(source, report)
-    _forget_quantization(model)
     _check_finite(source, model)
     if device is not None:
+        import torch
+
         model.to(torch.device(device))  # type: ignore[arg-type]  # its decorator hides the signature
+    return model
+
+
+def _read_safetensors(
+    source: Source, config: PreTrainedConfig, dtype: torch.dtype | None, _emit: Emit
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    model, report = _class_for(config).from_pretrained(
+        source.path,
+        config=config,
+        dtype=dtype or "auto",
+        trust_remote_code=source.trust_remote_code,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # so that the report names them
+        output_loading_info=True,
+    )
+    return model, report
+
+
+def _read_gguf(
+    source: Source, config: PreTrainedConfig, dtype: torch.dtype | None, emit: Emit
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    import torch
+
+    header = gguf_header(source)
+    if any(name.startswith(gguf_file.ROPE_FACTORS) for name in header.tensors):
+        text = (
+            f"{source.title}: the rope factors for long contexts in a GGUF are not read; give the "
+            "model's safetensors for contexts beyond 4k"
+        )
+        emit(Note(text=text, level="warning"))
+    skeleton = build_on_meta(config)
+    dtype = dtype or getattr(torch, gguf_file.stored_float(header))
+    weights = gguf_file.load_weights(header, skeleton, dtype, emit)
+    loader: Any = type(skeleton)
+    model, report = loader.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    return model, report
+
+
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the model of a dense or pruned config without memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    build = _class_for(config) if config.is_heterogeneous else AutoModelForCausalLM.from_config
+    with torch.device("meta"), quiet():
+        model: PreTrainedModel = build(config)
     return model
 
 
@@ -397,17 +424,6 @@ def _check_complete(source: Source, report: dict[str, Any]) -> None:
         )
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    """Remove the marks of a model that came from GGUF: its weights are plain numbers by now.
-
-    ``save_pretrained`` refuses to write a model that bears them.
-    """
-    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if mark in vars(model):
-            delattr(model, mark)
-    vars(model.config).pop("quantization_config", None)
-
-
 def _check_finite(source: Source, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.numel() and not all(bool(v.isfinite()) for v in parameter.detach().aminmax()):
@@ -424,26 +440,16 @@ def gguf_header(source: Source) -> gguf_file.Header:
 
 
 @contextlib.contextmanager
-def quiet(emit: Emit = ignore) -> Iterator[None]:
-    """Keep the bars and notes of transformers off the screen; its GGUF bar becomes ``Progress``."""
+def quiet() -> Iterator[None]:
+    """Keep the bars and notes of transformers off the screen."""
     from transformers.utils import logging
 
-    reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
-    verbosity, bars, bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), reader.tqdm
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    reader.tqdm = lambda tensors, **_: _reported(tensors, emit)
     try:
         yield
     finally:
-        reader.tqdm = bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _reported(tensors: Any, emit: Emit) -> Iterator[Any]:
-    for done, tensor in enumerate(tensors):
-        if done % 16 == 0:
-            emit(Progress(stage="load", done=done, total=len(tensors), unit="tensors"))
-        yield tensor

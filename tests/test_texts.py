@@ -52,7 +52,7 @@ def test_parquet(tmp_path):
 
 def test_builtin_texts_are_english_and_do_not_overlap():
     calibration, held_out = list(read_texts("builtin")), list(read_texts("builtin-heldout"))
-    paragraphs = [set("\n\n".join(d).split("\n\n")) for d in (calibration, held_out)]
+    paragraphs = [{p for d in part for p in d.split("\n\n")} for part in (calibration, held_out)]
     assert not paragraphs[0] & paragraphs[1]
     for documents in (calibration, held_out):
         assert sum(map(len, documents)) > 100_000
