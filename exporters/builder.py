@@ -414,11 +414,12 @@ def _bare_names() -> Iterator[None]:
     theirs = {name: module for name, module in sys.modules.items() if _is_bare(name)}
     for name in theirs:
         del sys.modules[name]
+    path = list(sys.path)
     sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path[:] = [entry for entry in sys.path if entry != folder]
+        sys.path[:] = path  # onnxruntime's own tools add themselves too
         for name in [name for name in sys.modules if _is_bare(name)]:
             del sys.modules[name]
         sys.modules.update(theirs)

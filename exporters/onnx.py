@@ -54,7 +54,7 @@ def export(
     started = time.monotonic()
     source = resolve(model, revision=revision, trust_remote_code=trust_remote_code, emit=emit)
     config = load_config(source)
-    with quiet(emit):
+    with quiet():
         builder.check_supported(config)
         _check_disk(output, file_bytes(config, precision))
         emit(StageStarted(stage=_STAGE, title=f"Exporting {source.title} to ONNX, {precision}"))
