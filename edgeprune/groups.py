@@ -68,12 +68,16 @@ class LayerGroups:
 
 def layer_groups(family: Family, shapes: Mapping[str, tuple[int, ...]], config: Any) -> LayerGroups:
     """Describe a dense layer with parameters of these shapes; ``config`` is that layer's config."""
-    parts = {half: family.parts(half, shapes, config) for half in HALVES}
     output_bias = {"attention": "self_attn.o_proj.bias", "mlp": "mlp.down_proj.bias"}
     widths = widths_of(config)
+    count: dict[Half, int] = {
+        "attention": widths.num_key_value_heads,
+        "mlp": widths.intermediate_size,
+    }
+    parts = {half: family.parts(half, shapes, config) if count[half] else [] for half in HALVES}
     return LayerGroups(
         parts=parts,
-        count={"attention": widths.num_key_value_heads, "mlp": widths.intermediate_size},
+        count=count,
         cost={half: sum(_cost(part, shapes) for part in parts[half]) for half in HALVES},
         removable={half: output_bias[half] not in shapes for half in HALVES},
         parameters=sum(_numel(shape) for shape in shapes.values()),
@@ -82,7 +86,7 @@ def layer_groups(family: Family, shapes: Mapping[str, tuple[int, ...]], config: 
 
 def describe_layers(config: Any) -> list[LayerGroups]:
     """Return the groups of every decoder layer of a dense or a pruned model, from its config alone."""
-    from edgeprune.inspection import build_on_meta
+    from edgeprune.sources import build_on_meta
 
     family = family_of(config)
     layers = build_on_meta(config).model.layers
