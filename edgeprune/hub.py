@@ -45,7 +45,7 @@ def download(
             tqdm_class=_reporter(emit, repo),
         )
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as e:
-        raise _explained(e, repo, revision) from e
+        raise _explained(e, repo, revision, weights) from e
     except EdgepruneError:  # from the listener
         raise
     except Exception as e:  # the network and the disk fail in many ways
@@ -60,7 +60,7 @@ def download(
     return Path(folder), Path(folder).name
 
 
-def _explained(error: Exception, repo: str, revision: str | None) -> EdgepruneError:
+def _explained(error: Exception, repo: str, revision: str | None, weights: bool) -> EdgepruneError:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -79,14 +79,13 @@ def _explained(error: Exception, repo: str, revision: str | None) -> EdgepruneEr
             "spelling, or `hf auth login` if it is private"
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return _unreachable(repo, error)
+        # weights are asked for when the rest is there: see sources.resolve
+        return _unreachable(repo, partly=weights)
     return EdgepruneError(f"the Hub did not deliver '{repo}': {one_line(error)}")
 
 
-def _unreachable(repo: str, error: Exception) -> EdgepruneError:
-    from huggingface_hub.errors import IncompleteSnapshotError
-
-    held = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"
+def _unreachable(repo: str, *, partly: bool) -> EdgepruneError:
+    held = "only partly" if partly else "not"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         cause, cure = "HF_HUB_OFFLINE is set", "unset it to download the model"
     else:

@@ -268,7 +268,7 @@ def write_gguf(path: Path, model=None, **metadata) -> Path:
         if heads:
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2)
             tensor = tensor.reshape(state[name].shape)
-        writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", tensor.numpy())
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
