@@ -16,7 +16,7 @@ from rich.text import Text
 from edgeprune.quantities import format_bytes, format_count, format_seconds
 
 FULL, EMPTY = "█", "░"
-HEADS_BAR, FFN_BAR = 9, 24
+HEADS_BAR, FFN_BAR = 8, 20
 """Cells of the bars in the picture of a model's widths."""
 
 
@@ -67,7 +67,7 @@ def _widths(found: dict[str, Any]) -> RenderableType:
             f"\nEach layer has {heads} heads, {kv_heads} KV heads and intermediate size "
             f"{intermediate:,}: {format_count(layers[0]['parameters'])} parameters."
         )
-    table = _table("Layer", "Heads/KV", "", "Intermediate size", "", "Parameters", left=(2, 4))
+    table = _table("Layer", "Heads/KV", "", "", "Intermediate size", "Parameters", left=(2, 4))
     for layer, dense in zip(layers, before, strict=True):
         heads, kv_heads, intermediate = _shape(layer)
         table.add_row(
@@ -106,13 +106,17 @@ def perplexity(found: dict[str, Any]) -> RenderableType:
     stride = found["stride"] or found["window"]
     return _facts(
         [
-            ("Perplexity per token", f"{found['token_perplexity']:,.2f}"),
-            ("Perplexity per word", f"{found['word_perplexity']:,.2f}"),
+            ("Perplexity per token", _figure(found["token_perplexity"])),
+            ("Perplexity per word", _figure(found["word_perplexity"])),
             ("Text", f"{found['tokens']:,} tokens, {found['words']:,} words"),
             ("Read in", f"windows of {found['window']}, {stride} apart, {found['dtype']}"),
             ("Took", format_seconds(found["seconds"])),
         ]
     )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.2f}" if value < 10**6 else f"{value:.2e}"
 
 
 def exported(found: dict[str, Any]) -> RenderableType:
