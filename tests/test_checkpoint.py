@@ -223,7 +223,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(BadInput, match="is a file"):
         checkpoint.check_output(tmp_path / "file")
-    with pytest.raises(BadInput, match="is not writable"):
+    with pytest.raises(BadInput, match="cannot be written"):
         checkpoint.check_output(tmp_path / "file" / "below")
 
 
