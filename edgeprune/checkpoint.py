@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import inspection, machine, nonuniform, provenance, sources
-from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.errors import BadInput
 from edgeprune.provenance import read_provenance as read_provenance
 from edgeprune.quantities import format_bytes, format_count
 from edgeprune.sources import Source
@@ -60,7 +60,7 @@ def save(
 
     ``provenance`` holds what was done and with which data, as plain JSON values; where the model
     came from, its widths, parameter counts and versions are added here. BadInput if the folder is
-    not empty, EdgepruneError if the disk has no room; nothing is left behind in either case.
+    not empty or the disk has no room; nothing is left behind in either case.
     """
     folder = Path(folder).expanduser().absolute()
     check_output(folder)
@@ -157,8 +157,8 @@ def _no_room_is_told(folder: Path, needed: int) -> Iterator[None]:
         raise
 
 
-def _no_room(folder: Path, needed: int, free: int) -> EdgepruneError:
-    return EdgepruneError(
+def _no_room(folder: Path, needed: int, free: int) -> BadInput:
+    return BadInput(
         f"the disk is full: {folder} needs {format_bytes(needed)} and {format_bytes(free)} are "
         "free; make room or name a folder on another disk"
     )

@@ -50,7 +50,7 @@ def download(
         raise
     except Exception as e:  # the network and the disk fail in many ways
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            raise EdgepruneError(
+            raise BadInput(
                 f"the disk is full: '{repo}' does not fit into the Hub's cache; free some space, "
                 "or set HF_HOME to a folder on another disk"
             ) from e
