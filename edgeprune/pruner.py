@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -143,7 +144,7 @@ def prune(
     config = sources.load_config(source)
     chosen = Options(**options)
     chosen.check(config)
-    run = _Run.plan(config, chosen, Target.of(config, sparsity, params, memory, precision))
+    run = PruneRun.plan(config, chosen, Target.of(config, sparsity, params, memory, precision))
     corpus = texts.read_calibration(calibration)
     tokenizer = sources.load_tokenizer(source)
     corpus.draw(tokenizer, 1, chosen.length, "is the text long enough?")
@@ -152,7 +153,10 @@ def prune(
     what = _fingerprint(source, config, chosen, run.target, corpus.hash)
     if state is not None and state.is_file():
         run.load(state, what, emit)
-    run.work(dense, tokenizer, corpus, state, what, emit)
+    for step in run.steps(dense, tokenizer, corpus, emit):
+        if state is not None:
+            run.save(state, what)
+        emit(step)
     pruned = cut_model(dense, run.groups, run.kept)
     record = checkpoint.save(
         pruned,
@@ -196,8 +200,8 @@ def _fingerprint(
 
 
 @dataclass
-class _Run:
-    """What is planned and what is decided so far.
+class PruneRun:
+    """One pruning run: what is planned, and what is decided so far.
 
     ``memory[half][i]`` holds the importance of all *dense* groups of layer i over the past iterations, discounted;
     ``layer_memory`` the same for layers, and ``weight`` the sum of the discounts. ``planned`` is how many parameters
@@ -216,12 +220,12 @@ class _Run:
     weight: float = 0.0
 
     @staticmethod
-    def plan(config: Any, options: Options, target: Target) -> _Run:
+    def plan(config: Any, options: Options, target: Target) -> PruneRun:
         """Describe the model's groups from its config alone, and check that the target can be met."""
         groups = describe_layers(config)
         multiple = options.width_multiple
         bounds = [limits(g, multiple, i in options.skip_layers) for i, g in enumerate(groups)]
-        run = _Run(
+        run = PruneRun(
             options=options,
             target=target,
             groups=groups,
@@ -282,22 +286,13 @@ class _Run:
 
     # ---- the iterations
 
-    def work(
-        self,
-        dense: Any,
-        tokenizer: Any,
-        corpus: texts.Calibration,
-        state: Path | None,
-        what: str,
-        emit: Emit,
-    ) -> None:
-        """Run the iterations that are left."""
+    def steps(
+        self, dense: Any, tokenizer: Any, corpus: texts.Calibration, emit: Emit = ignore
+    ) -> Iterator[PruneIteration]:
+        """Run the iterations that are left, one each time the next is asked for."""
         options = self.options
-        if len(self.losses) == options.iterations:
-            return
-        attention = "eager" if options.length <= EAGER_UP_TO else "sdpa"
-        with _attention(dense, attention):
-            device, dtype = machine.pick_device(), machine.compute_dtype()
+        device, dtype = machine.pick_device(), machine.compute_dtype()
+        with _attention(dense, "eager" if options.length <= EAGER_UP_TO else "sdpa"):
             layers = ResidentLayers(dense, self.groups, self.kept, dtype, device)
             walk = Pass(layers, Ends(dense, dtype, device), _micro_batch(options))
             for iteration in range(len(self.losses) + 1, options.iterations + 1):
@@ -305,13 +300,10 @@ class _Run:
                 tokens = corpus.draw(
                     tokenizer, options.samples, options.length, f"{options.seed}-{iteration}"
                 )
-                measured = self._measure(walk, layers, tokens, iteration, emit)
-                self._remember(measured)
+                self._remember(self._measure(walk, layers, tokens, iteration, emit))
                 self._decide(dense.config, iteration)
                 layers.cut(self.kept)
-                if state is not None:
-                    self.save(state, what)
-                emit(self._event(iteration, time.monotonic() - started))
+                yield self._event(iteration, time.monotonic() - started)
 
     def _measure(
         self, walk: Pass, layers: ResidentLayers, tokens: Tensor, iteration: int, emit: Emit
@@ -403,18 +395,15 @@ def _micro_batch(options: Options) -> int:
     return max(1, MICRO_BATCH_TOKENS // options.length)
 
 
-class _attention:
+@contextmanager
+def _attention(model: Any, implementation: str) -> Iterator[None]:
     """Use one attention implementation for a while."""
-
-    def __init__(self, model: Any, implementation: str) -> None:
-        self.config, self.wanted = model.config, implementation
-
-    def __enter__(self) -> None:
-        self.before = self.config._attn_implementation
-        self.config._attn_implementation = self.wanted
-
-    def __exit__(self, *_error: object) -> None:
-        self.config._attn_implementation = self.before
+    before = model.config._attn_implementation
+    model.config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 class ResidentLayers:
