@@ -1,8 +1,9 @@
 """Weights in blocks of few bits, as ONNX Runtime's MatMulNBits and GatherBlockQuantized read them.
 
 A row of K weights becomes ceil(K / block) blocks; a weight is ``(q - zero_point) * scale`` of its
-block. Four-bit blocks choose scale and zero point by the least squared error, which costs a second
-per 20 million weights and roughly halves the damage of plain rounding to the extremes.
+block. Four-bit
+blocks choose scale and zero point by the least squared error: on SmolLM2-135M this diverges from
+PyTorch by a fifth less than plain rounding between the extremes.
 """
 
 from __future__ import annotations
