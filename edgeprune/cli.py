@@ -513,9 +513,7 @@ def _profiled(found: dict[str, Any]) -> RenderableType:
     return _tables().profile(table(found))
 
 
-def _one_target(
-    sparsity: str | None, params: str | None, memory: str | None
-) -> dict[str, float | int]:
+def _one_target(sparsity: str | None, params: str | None, memory: str | None) -> dict[str, Any]:
     """Return the one target given, as the keyword argument of ``prune``."""
     parsers: dict[str, tuple[str | None, Callable[[str], float | int]]] = {
         "sparsity": (sparsity, parse_fraction),

@@ -188,7 +188,8 @@ def _gflops(dtype: Any, device: Any) -> float:
     )
     matrix @ matrix  # the first one also chooses and compiles the kernel
     wait()
-    began, times = time.monotonic(), []
+    began = time.monotonic()
+    times: list[float] = []
     while not times or time.monotonic() - began < MEASURE_SECONDS:
         start = time.perf_counter()
         matrix @ matrix

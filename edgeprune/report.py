@@ -61,7 +61,7 @@ def _perplexity(value: float) -> str:
 
 
 def _speed(value: float) -> str:
-    return f"{value:.3g} tokens/s" if value < 100 else f"{value:,.0f} tokens/s"
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _milliseconds(value: float) -> str:
@@ -70,12 +70,12 @@ def _milliseconds(value: float) -> str:
 
 QUANTITIES = (
     Quantity("parameters", "Parameters", format_count, True, False),
-    Quantity("decoder_parameters", "Parameters in decoder layers", format_count, True, False),
+    Quantity("decoder_parameters", "Decoder-layer parameters", format_count, True, False),
     Quantity("file_bytes", "File size", format_bytes, True, False),
     Quantity("token_perplexity", "Perplexity per token", _perplexity, True, True),
     Quantity("word_perplexity", "Perplexity per word", _perplexity, True, True),
-    Quantity("prefill_tokens_per_second", "Prefill", _speed, False, True),
-    Quantity("decode_tokens_per_second", "Decode", _speed, False, True),
+    Quantity("prefill_tokens_per_second", "Prefill (tokens/s)", _speed, False, True),
+    Quantity("decode_tokens_per_second", "Decode (tokens/s)", _speed, False, True),
     Quantity("time_to_first_token_seconds", "Time to first token", _milliseconds, True, True),
     Quantity("peak_memory_bytes", "Peak memory", format_bytes, True, False),
 )

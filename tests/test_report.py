@@ -99,8 +99,8 @@ def test_the_table_tells_better_from_worse(results):
     assert len(rows) == len(report.QUANTITIES)
     assert rows["Parameters"] == report.Row("Parameters", "134.5M", "102.7M", "−23.7 %", True)
     assert rows["File size, int4 ONNX"].pruned == "97.0 MB"
-    assert rows["Decode"].change == "× 1.25"
-    assert rows["Decode"].better
+    assert rows["Decode (tokens/s)"].change == "× 1.25"
+    assert rows["Decode (tokens/s)"].better
     assert rows["Time to first token"].dense == "150 ms ± 5 %"
     assert rows["Perplexity per token"].change == "× 2.30"
     assert rows["Perplexity per token"].better is False
@@ -109,8 +109,8 @@ def test_the_table_tells_better_from_worse(results):
 def test_a_difference_within_the_spread_is_neither_better_nor_worse(stages):
     stages["profile"]["ratios"]["decode_tokens_per_second"]["median"] = 1.04  # spread: 5 %
     rows = {r.label: r for r in report.results_table(report.build_results(recipes.demo(), stages))}
-    assert rows["Decode"].better is None
-    assert rows["Prefill"].better is True
+    assert rows["Decode (tokens/s)"].better is None
+    assert rows["Prefill (tokens/s)"].better is True
 
 
 def test_a_figure_that_is_not_finite_or_missing_is_null_and_a_dash(stages):
