@@ -60,6 +60,10 @@ def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
+def _divergence(value: float) -> str:
+    return f"{value:.2g}"
+
+
 def _speed(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
@@ -72,8 +76,10 @@ QUANTITIES = (
     Quantity("parameters", "Parameters", format_count, True, False),
     Quantity("decoder_parameters", "Decoder-layer parameters", format_count, True, False),
     Quantity("file_bytes", "File size", format_bytes, True, False),
+    # of the checkpoints, in PyTorch; what the export's precision costs beyond that is the KL below
     Quantity("token_perplexity", "Perplexity per token", _perplexity, True, True),
     Quantity("word_perplexity", "Perplexity per word", _perplexity, True, True),
+    Quantity("export_kl", "KL of the export, nats/token", _divergence, True, True),
     Quantity("prefill_tokens_per_second", "Prefill (tokens/s)", _speed, False, True),
     Quantity("decode_tokens_per_second", "Decode (tokens/s)", _speed, False, True),
     Quantity("time_to_first_token_seconds", "Time to first token", _milliseconds, True, True),
@@ -124,6 +130,7 @@ def _figures(stages: dict[str, dict[str, Any]], which: str) -> dict[str, Any]:
         "decoder_parameters": shape["decoder_parameters"],
         "token_perplexity": perplexity["token_perplexity"],
         "word_perplexity": perplexity["word_perplexity"],
+        "export_kl": stages[f"export-{which}"]["parity"]["mean_kl"],
         **_measured(stages["profile"], which, "mean"),
         "spread": _measured(stages["profile"], which, "stdev"),
         "layers": shape["layers"],

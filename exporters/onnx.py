@@ -113,6 +113,7 @@ def _build(source: Source, folder: Path, precision: str, check: bool, emit: Emit
     model.generation_config.to_json_file(folder / "generation_config.json")
     tokenizer.save_pretrained(folder)
     layers = config.num_hidden_layers
+    parameters = model.num_parameters()
 
     def on_layer(done: int) -> None:
         emit(Progress(stage=_STAGE, done=done, total=layers, unit="layers"))
@@ -128,6 +129,7 @@ def _build(source: Source, folder: Path, precision: str, check: bool, emit: Emit
         "source": {"model": source.title, "kind": source.kind, "revision": source.revision},
         "model_type": config.model_type,
         "precision": precision,
+        "parameters": parameters,
         "layers": [widths._asdict() for widths in layer_widths(config)],
         "versions": {name: version(name) for name in _LIBRARIES},
         "bytes": sum((folder / name).stat().st_size for name in MODEL_FILES),

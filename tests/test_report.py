@@ -49,8 +49,8 @@ def stages():
     return {
         "source": {"source": source, "inspection": shape},
         "prune": {"summary": {"seed": 0}, "inspection": small},
-        "export-dense": {},
-        "export-pruned": {},
+        "export-dense": {"parity": {"mean_kl": 0.2}},
+        "export-pruned": {"parity": {"mean_kl": 0.3}},
         "evaluate": {"dense": perplexity(27.1), "pruned": perplexity(62.3)},
         "profile": {
             "runs": [profile_run("pruned"), profile_run("dense")],
