@@ -10,7 +10,8 @@ from typing import Any
 
 from edgeprune import provenance, sources
 from edgeprune.events import Emit, ignore
-from edgeprune.families import Part, family_of, head_dim
+from edgeprune.families import family_of, head_dim
+from edgeprune.groups import layer_groups
 from edgeprune.nonuniform import LayerWidths, layer_widths
 from edgeprune.sources import Source
 from edgeprune.sources import build_on_meta as build_on_meta
@@ -135,25 +136,19 @@ def _layer(index: int, layer: Any, config: Any, widths: LayerWidths) -> dict[str
         "attention_parameters": attention,
         "mlp_parameters": mlp,
         "norm_parameters": total - attention - mlp,
-        "prunable": _prunable(layer, config, widths),
+        "prunable": _prunable(layer, config),
     }
 
 
-def _prunable(layer: Any, config: Any, widths: LayerWidths) -> dict[str, int]:
+def _prunable(layer: Any, config: Any) -> dict[str, int]:
     """Count the groups of a layer: a KV head with its query heads, or an FFN channel."""
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    family = family_of(config)
-    groups, channels = widths.num_key_value_heads, widths.intermediate_size
-    attention = family.attention_parts(shapes, config) if groups else []
-    mlp = family.mlp_parts(shapes, config) if channels else []
-    parameters = sum(groups * _group_size(part, shapes) for part in attention)
-    parameters += sum(channels * _group_size(part, shapes) for part in mlp)
-    return {"kv_groups": groups, "ffn_channels": channels, "parameters": parameters}
-
-
-def _group_size(part: Part, shapes: dict[str, tuple[int, ...]]) -> int:
-    shape = shapes[part.parameter]
-    return part.width * (shape[1 - part.dim] if len(shape) > 1 else 1)
+    groups = layer_groups(family_of(config), shapes, config)
+    return {
+        "kv_groups": groups.count["attention"],
+        "ffn_channels": groups.count["mlp"],
+        "parameters": groups.prunable,
+    }
 
 
 def _memory(skeleton: Any) -> dict[str, int]:

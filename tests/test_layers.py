@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCREEN = {"edgeprune.__main__", "edgeprune.cli", "edgeprune.console", "edgeprune.tables"}
-HEAVY = ("torch", "transformers", "numpy", "textual", "datasets", "onnx", "onnxruntime", "pydantic")
+HEAVY = ("torch", "transformers", "numpy", "textual", "datasets", "onnx", "onnxruntime")
 
 
 def contract(name: str) -> dict[str, Any]:
