@@ -42,8 +42,8 @@ STAGE = "prune"
 # Tokens that go through a layer at once. Fixed, so that a result does not depend on the machine's memory; larger
 # gains nothing on CPUs.
 MICRO_BATCH_TOKENS = 1024
-# How much of the group importance of earlier iterations counts on. Each iteration draws fresh text, so the mean
-# over some of them is a better estimate than one alone; see benchmarks/RESULTS.md.
+# How much of the importance measured in earlier iterations counts on. Each iteration draws fresh text, so that a mean
+# over several is less noisy than one alone; what it wins by itself is not measured yet (benchmarks/RESULTS.md).
 MEMORY = 0.8
 
 
