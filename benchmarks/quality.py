@@ -113,7 +113,7 @@ def row(options: argparse.Namespace, variant: str, sparsity: float, text: str) -
 def measured(model: str, text: str, max_tokens: int) -> Perplexity:
     source = sources.resolve(model)
     return perplexity(
-        sources.load_model(source, dtype=machine.compute_dtype()),
+        sources.load_model(source, dtype=machine.compute_dtype(), device=machine.pick_device()),
         sources.load_tokenizer(source),
         text,
         max_tokens=max_tokens,

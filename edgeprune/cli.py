@@ -268,7 +268,7 @@ def ppl(
             model, revision=revision, trust_remote_code=trust_remote_code, emit=emit
         )
         found = perplexity(
-            sources.load_model(source, dtype=machine.compute_dtype()),
+            sources.load_model(source, dtype=machine.compute_dtype(), device=machine.pick_device()),
             sources.load_tokenizer(source),
             "\n\n".join(read_texts(text)),
             window=window,

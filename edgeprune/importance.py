@@ -35,9 +35,9 @@ def change(before: Tensor, after: Tensor, measure: LayerMeasure) -> float:
     """
     before, after = before.float(), after.float()
     if measure == "cosine":
-        return -float(cosine_similarity(before, after, dim=-1).sum(dtype=torch.float64))
+        return -float(cosine_similarity(before, after, dim=-1).cpu().sum(dtype=torch.float64))
     norm = 2 if measure == "euclidean" else 1
-    return float((after - before).norm(p=norm, dim=-1).sum(dtype=torch.float64))
+    return float((after - before).norm(p=norm, dim=-1).cpu().sum(dtype=torch.float64))
 
 
 def normalised(importance: list[float]) -> list[float]:

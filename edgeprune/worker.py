@@ -176,7 +176,7 @@ def _perplexity(recipe: Recipe, source: Any, emit: Emit) -> dict[str, Any]:
 
     settings = recipe.evaluate
     found = perplexity(
-        sources.load_model(source, dtype=machine.compute_dtype()),
+        sources.load_model(source, dtype=machine.compute_dtype(), device=machine.pick_device()),
         sources.load_tokenizer(source),
         "\n\n".join(read_texts(settings.text)),
         window=settings.window,
