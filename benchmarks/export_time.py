@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 import edgeprune
@@ -27,13 +28,15 @@ def main() -> None:
 def row(model: str, precision: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "export"
+        started = time.monotonic()
         found = edgeprune.export(model, output, precision=precision)
+        seconds = time.monotonic() - started
         size = sum(f.stat().st_size for f in output.iterdir() if f.name.startswith("model.onnx"))
     parity = ", ".join(
         f"{key} {value:.3g}" for key, value in found["parity"].items() if isinstance(value, float)
     )
     name = Path(model).name if Path(model).exists() else model
-    return f"| {name} | {precision} | {found['seconds']:.0f} | {size / 1e6:.1f} | {parity} |"
+    return f"| {name} | {precision} | {seconds:.0f} | {size / 1e6:.1f} | {parity} |"
 
 
 if __name__ == "__main__":
