@@ -12,9 +12,11 @@ from edgeprune import machine
 from edgeprune.blocks import Ends, Pass
 from edgeprune.errors import BadInput
 from edgeprune.events import Note, PruneIteration
+from edgeprune.exporters.sizes import file_bytes
 from edgeprune.groups import HALVES, describe_layers
 from edgeprune.importance import ImportanceWatcher, normalised
 from edgeprune.pruner import ResidentLayers, prune
+from edgeprune.sources import load_config, resolve
 from tests import tiny
 
 QUICK = {"iterations": 3, "samples": 6, "length": 16, "width_multiple": 8}
@@ -155,6 +157,16 @@ def test_a_number_of_parameters_is_a_target(folder, tmp_path):
     wanted = int(dense * 0.7)
     record = prune(folder, tmp_path / "out", params=wanted, **QUICK)
     assert 0 <= wanted - record["parameters"]["total"] <= 8 * 3 * 64
+
+
+@pytest.mark.parametrize("precision", ["int4", "fp16"])
+def test_a_file_size_is_a_target(folder, tmp_path, precision):
+    config = load_config(resolve(folder))
+    limit = int(0.7 * file_bytes(config, precision))
+    record = prune(folder, tmp_path / "out", memory=limit, precision=precision, **QUICK)
+    assert record["made"]["target"] == {"memory": limit, "precision": precision}
+    reached = file_bytes(load_config(resolve(tmp_path / "out")), precision)
+    assert 0.97 * limit <= reached <= limit
 
 
 def test_the_same_seed_gives_the_same_model_and_another_one_another(folder, tmp_path):
