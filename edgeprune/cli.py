@@ -343,7 +343,7 @@ def profile(
         typer.Option(
             metavar="N",
             min=1,
-            help="Threads of the runtime; default: its own choice.",
+            help="Threads of the runtime; default: one a physical core.",
             show_default=False,
         ),
     ] = None,

@@ -113,7 +113,7 @@ class ProfileSection(_Section):
     repeats: Positive = 5
     """Measured repetitions, after a warm-up."""
     threads: Positive | None = None
-    """Threads of the runtime; absent: its own choice."""
+    """Threads of the runtime; absent: one a physical core."""
 
 
 class EvaluateSection(_Section):
