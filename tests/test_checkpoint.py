@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgeprune import checkpoint, machine, sources
@@ -69,7 +70,7 @@ def test_loads_where_edgeprune_is_not_installed(tmp_path):
     families = ("llama", "gemma3_text", "phi3")
     for family in families:
         model, folder = saved(family, tmp_path / family)
-        torch.save(model(prompt()).logits, folder.parent / "logits.pt")
+        save_file({"logits": model(prompt()).logits}, folder.parent / "logits.safetensors")
     script = """
 import sys
 class Absent:
@@ -79,6 +80,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import pathlib, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
 try:
     import edgeprune
 except ModuleNotFoundError:
@@ -89,7 +91,7 @@ for folder in map(pathlib.Path, sys.argv[1:]):
     model = AutoModelForCausalLM.from_pretrained(folder / "pruned", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder / "pruned")
     ids = tokenizer("The value of a name", return_tensors="pt").input_ids
-    assert torch.equal(model(ids).logits, torch.load(folder / "logits.pt", weights_only=True))
+    assert torch.equal(model(ids).logits, load_file(folder / "logits.safetensors")["logits"])
     model.generate(ids, max_new_tokens=3)
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", trust_remote_code=True)
