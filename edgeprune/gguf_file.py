@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -277,6 +277,16 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Return the weights of ``model`` (which may be on the meta device) from the file, in ``dtype``.
 
+    BadInput names a weight that is missing or left over.
+    """
+    return dict(iter_weights(header, model, dtype, emit))
+
+
+def iter_weights(
+    header: Header, model: PreTrainedModel, dtype: torch.dtype, emit: Emit = ignore
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and values of one weight of ``model`` after the other, as ``load_weights``.
+
     Read here because transformers makes the gguf package's table of names anew for every module,
     which takes longer than all the rest. BadInput names a weight that is missing or left over.
     """
@@ -288,7 +298,6 @@ def load_weights(
     left = {name for name in header.tensors if not name.startswith(ROPE_FACTORS)}
     data = np.memmap(header.path, mode="r", dtype=np.uint8)
     wanted = dict(model.named_parameters())
-    weights = {}
     for done, (name, parameter) in enumerate(wanted.items()):
         if done % 16 == 0:
             emit(Progress(stage="load", done=done, total=len(wanted), unit="tensors"))
@@ -301,11 +310,10 @@ def load_weights(
         rows = raw.reshape(*tensor.shape[:-1], -1)
         values = gguf.dequantize(rows, gguf.GGMLQuantizationType(tensor.ggml_type))
         values = _as_in_transformers(header, stored, values.reshape(tensor.shape))
-        weights[name] = torch.from_numpy(np.array(values)).to(dtype)
+        yield name, torch.from_numpy(np.array(values)).to(dtype)
         left.discard(stored)
     if left:
         raise BadInput(f"{header.path}: nothing in its config uses {min(left)}; give safetensors")
-    return weights
 
 
 def _names(header: Header, num_hidden_layers: int) -> Callable[[str], str]:

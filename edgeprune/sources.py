@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgeprune import gguf_file, hub
+from edgeprune import gguf_file, hub, machine
 from edgeprune.errors import BadInput, one_line
-from edgeprune.events import Emit, Note, ignore
+from edgeprune.events import Emit, Note, Progress, ignore
 from edgeprune.families import family_of
+from edgeprune.quantities import format_bytes
+from edgeprune.shards import INDEX, SINGLE, Writer
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL = "wheel:"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -197,13 +200,9 @@ def _check_weights(source: Source) -> None:
 
 def _shards(source: Source) -> list[Path]:
     path = source.path
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    if (path / INDEX).is_file():
-        names = read_json(path / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise BadInput(f"{path / INDEX} names no weights; restore or download it")
-        return [path / name for name in sorted(set(names.values()))]
+    files = _files(path)
+    if files:
+        return files
     if source.kind == "hub":
         raise BadInput(
             f"'{source.name}' has no safetensors on the Hub, and pickles are never loaded; convert "
@@ -214,6 +213,18 @@ def _shards(source: Source) -> list[Path]:
     raise BadInput(
         f"{source.name} has a config but no weights: {SINGLE} is missing; download it again"
     )
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the safetensors files that make up the checkpoint in a folder, [] without any."""
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if not (path / INDEX).is_file():
+        return []
+    names = read_json(path / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise BadInput(f"{path / INDEX} names no weights; restore or download it")
+    return [path / name for name in sorted(set(names.values()))]
 
 
 def _pickles(path: Path) -> list[Path]:
@@ -327,24 +338,41 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    mapped: bool = False,
+    scratch: Path | None = None,
     emit: Emit = ignore,
 ) -> PreTrainedModel:
     """Load the weights, in evaluation mode, and check that they are complete and finite.
 
-    ``dtype`` None keeps the type they are stored in (float32 for a quantized GGUF); ``device`` None
-    is the processor. BadInput names the first tensor that is missing, misshapen, NaN or infinite.
+    Args:
+        source: what ``resolve`` found.
+        dtype: None keeps the type that they are stored in (float32 for a quantized GGUF).
+        device: None is the processor.
+        mapped: leave the weights in their files, read-only and in their stored type, for models
+            that do not fit in memory (``edgeprune.mapped``); without ``dtype`` and ``device``.
+        scratch: a folder on a disk; a mapped GGUF is unpacked into it once (bfloat16 for quantized
+            weights), and the files must stay there while the model is used.
+        emit: hears progress.
+
+    Raises:
+        BadInput: names the first tensor that is missing, misshapen, NaN or infinite.
     """
     config = load_config(source)
-    read = _read_gguf if source.gguf_file else _read_safetensors
+    if mapped and not (dtype is None and device is None):
+        raise ValueError("a mapped model has the type that is stored, and no device")
     try:
         with quiet():
-            model, report = read(source, config, dtype, emit)
+            if mapped:
+                model, report = _map(source, config, scratch, emit)
+            else:
+                read = _read_gguf if source.gguf_file else _read_safetensors
+                model, report = read(source, config, dtype, emit)
     except NotImplementedError as error:
         raise BadInput(f"{source.name} cannot be read: {one_line(error)}") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"{source.name} cannot be loaded: {one_line(error)}") from error
     _check_complete(source, report)
-    _check_finite(source, model)
+    _check_finite(source, model, emit)
     if device is not None:
         import torch
 
@@ -368,18 +396,118 @@ def _read_safetensors(
     return model, report
 
 
-def _read_gguf(
-    source: Source, config: PreTrainedConfig, dtype: torch.dtype | None, emit: Emit
+@contextlib.contextmanager
+def opened(
+    source: Source,
+    *,
+    memory: int | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    emit: Emit = ignore,
+) -> Iterator[PreTrainedModel]:
+    """Give the model as a whole in ``dtype`` on ``device`` where it fits, mapped where it does not.
+
+    ``memory`` is how many bytes its weights may take in memory; by default a good part of what is
+    free (``mapped.budget``). BadInput as from ``load_model``, and where the disk has no room to
+    unpack a GGUF.
+    """
+    from edgeprune import mapped
+
+    needed = weight_bytes(load_config(source), dtype.itemsize)
+    if needed <= (mapped.budget() if memory is None else memory):
+        yield load_model(source, dtype=dtype, device=device, emit=emit)
+        return
+    text = f"{source.title} is read from its files layer by layer: it needs {format_bytes(needed)}"
+    emit(Note(text=f"{text} of memory as a whole"))
+    with unpacking_place(source) as scratch:
+        yield load_model(source, mapped=True, scratch=scratch, emit=emit)
+
+
+def weight_bytes(config: PreTrainedConfig, each: int) -> int:
+    """Return the bytes of a model's weights at ``each`` bytes a weight, from its config alone."""
+    return sum(p.numel() for p in build_on_meta(config).parameters()) * each
+
+
+@contextlib.contextmanager
+def unpacking_place(source: Source) -> Iterator[Path | None]:
+    """Give a folder that a GGUF can be unpacked into, gone afterwards; None for other sources.
+
+    It is made in $TMPDIR or in ~/.cache/edgeprune: /tmp is in memory on many systems. BadInput where
+    its disk has no room.
+    """
+    if not source.gguf_file:
+        yield None
+        return
+    place = Path(os.environ.get("TMPDIR") or Path.home() / ".cache" / "edgeprune")
+    place.mkdir(parents=True, exist_ok=True)
+    config = load_config(source)
+    needed = weight_bytes(config, _unpacked_type(gguf_header(source)).itemsize)
+    free = machine.disk_free(place)
+    if needed > free:
+        raise BadInput(
+            f"{source.name} is unpacked to {place}, which needs {format_bytes(needed)} of disk and "
+            f"has {format_bytes(free)} free; free some, or name another folder with TMPDIR=DIR"
+        )
+    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _map(
+    source: Source, config: PreTrainedConfig, scratch: Path | None, emit: Emit
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from transformers import GenerationConfig
+
+    from edgeprune import mapped
+
+    if source.gguf_file:
+        if scratch is None:
+            raise ValueError("a GGUF is mapped from the folder `scratch` that it is unpacked into")
+        _unpack(source, config, scratch, emit)
+        return mapped.build(config, _files(scratch))
+    model, report = mapped.build(config, _shards(source))
+    if (source.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
+    return model, report
+
+
+def _unpack(source: Source, config: PreTrainedConfig, folder: Path, emit: Emit) -> None:
+    """Write the weights of a GGUF as safetensors, unless they are there already."""
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return
+    header = gguf_header(source)
+    _warn_of_rope_factors(source, header, emit)
+    skeleton = build_on_meta(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Writer(folder, [name for name, _ in skeleton.named_parameters()]) as writer:
+        for name, tensor in gguf_file.iter_weights(header, skeleton, _unpacked_type(header), emit):
+            writer.add({name: tensor})
+        writer.finish()
+
+
+def _unpacked_type(header: gguf_file.Header) -> torch.dtype:
     import torch
 
-    header = gguf_header(source)
+    quantized = any(t.ggml_type not in (0, 1, 30) for t in header.tensors.values())
+    kept: torch.dtype = getattr(torch, gguf_file.stored_float(header))
+    return torch.bfloat16 if quantized else kept
+
+
+def _warn_of_rope_factors(source: Source, header: gguf_file.Header, emit: Emit) -> None:
     if any(name.startswith(gguf_file.ROPE_FACTORS) for name in header.tensors):
         text = (
             f"{source.title}: the rope factors for long contexts in a GGUF are not read; give the "
             "model's safetensors for contexts beyond 4k"
         )
         emit(Note(text=text, level="warning"))
+
+
+def _read_gguf(
+    source: Source, config: PreTrainedConfig, dtype: torch.dtype | None, emit: Emit
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    import torch
+
+    header = gguf_header(source)
+    _warn_of_rope_factors(source, header, emit)
     skeleton = build_on_meta(config)
     dtype = dtype or getattr(torch, gguf_file.stored_float(header))
     weights = gguf_file.load_weights(header, skeleton, dtype, emit)
@@ -424,14 +552,22 @@ def _check_complete(source: Source, report: dict[str, Any]) -> None:
         )
 
 
-def _check_finite(source: Source, model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
+def _check_finite(source: Source, model: PreTrainedModel, emit: Emit) -> None:
+    from edgeprune import mapped
+
+    parameters = list(model.named_parameters())
+    for done, (name, parameter) in enumerate(parameters):
+        if done % 16 == 0 and mapped.is_mapped(parameter):  # reads all of the files
+            emit(Progress(stage="load", done=done, total=len(parameters), unit="tensors"))
+        if done + 1 < len(parameters):
+            mapped.prefetch(parameters[done + 1][1])
         if parameter.numel() and not all(bool(v.isfinite()) for v in parameter.detach().aminmax()):
             count = int((~parameter.detach().isfinite()).sum())
             raise BadInput(
                 f"{source.name}: {name} has {count:,} values that are NaN or infinite; the weights "
                 "are damaged, download them again"
             )
+        mapped.release(parameter)
 
 
 def gguf_header(source: Source) -> gguf_file.Header:
