@@ -5,11 +5,12 @@ A checkpoint appears under its name when it is whole, or not at all.
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,18 @@ from edgeprune import inspection, machine, nonuniform, provenance, sources
 from edgeprune.errors import BadInput
 from edgeprune.provenance import read_provenance as read_provenance
 from edgeprune.quantities import format_bytes, format_count
+from edgeprune.shards import Writer
 from edgeprune.sources import Source
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from torch import Tensor
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 MODELLING = "modeling_edgeprune"
 CARD = "README.md"
@@ -72,11 +81,79 @@ def save(
             model.save_pretrained(unfinished)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
-        _make_loadable(unfinished, pruned=bool(model.config.is_heterogeneous))
-        record = _record(model.config, source, provenance)
-        _write_json(unfinished / "edgeprune.json", record)
-        (unfinished / CARD).write_text(model_card(record), encoding="utf-8")
-    return record
+        return _complete(unfinished, model.config, source, provenance)
+
+
+def save_parts(
+    config: PreTrainedConfig,
+    parts: Iterable[dict[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path | str,
+    *,
+    provenance: dict[str, Any],
+    source: Source,
+    generation_config: GenerationConfig | None = None,
+) -> dict[str, Any]:
+    """Write the model of ``config`` as ``save`` does, from weights that come a part at a time.
+
+    Each of ``parts`` holds some tensors under their full names, all of one type: together they are the
+    model's parameters, tied ones once. They are written as they come and dropped. Several files of
+    about 2 GB are made where one would be larger. ``generation_config`` is by default the source's.
+
+    Raises:
+        BadInput: as ``save``.
+        ValueError: the parts are not the parameters of the model that ``config`` describes.
+    """
+    folder = Path(folder).expanduser().absolute()
+    check_output(folder)
+    skeleton = sources.build_on_meta(config)
+    shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
+    needed = sources.weight_bytes(config, _width(config)) + ROOM
+    with _no_room_is_told(folder, needed), _appearing_whole(folder) as unfinished:
+        _check_room(folder, needed)
+        dtype = _write_parts(unfinished, parts, shapes)
+        with sources.quiet():
+            settings = copy.deepcopy(config)
+            settings.dtype = dtype
+            settings.architectures = [type(skeleton).__name__]
+            settings.save_pretrained(unfinished)
+            if generation_config is not None:
+                skeleton.generation_config = generation_config
+            _inherit_generation(skeleton, source)
+            if skeleton.generation_config is not None:
+                skeleton.generation_config.save_pretrained(unfinished)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+        return _complete(unfinished, settings, source, provenance)
+
+
+def _width(config: PreTrainedConfig) -> int:
+    """Bytes of a weight in the type that the config names; float32's where it names none."""
+    import torch
+
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+
+
+def _write_parts(
+    folder: Path, parts: Iterable[dict[str, Tensor]], shapes: dict[str, tuple[int, ...]]
+) -> torch.dtype:
+    """Write the parts and return their type."""
+    dtypes: set[torch.dtype] = set()
+    with Writer(folder, list(shapes)) as writer:
+        for part in parts:
+            for name, tensor in part.items():
+                if shapes.get(name) != tuple(tensor.shape) or name in writer.written:
+                    raise ValueError(
+                        f"{name} {tuple(tensor.shape)} is not what the config asks for"
+                    )
+                dtypes.add(tensor.dtype)
+                writer.add({name: tensor})
+        missing = shapes.keys() - writer.written
+        if missing or len(dtypes) != 1:
+            raise ValueError(f"of the parameters, {len(missing)} are missing; types: {dtypes}")
+        writer.finish()
+    return dtypes.pop()
 
 
 # ---- whole or not at all
@@ -175,6 +252,17 @@ def _inherit_generation(model: PreTrainedModel, source: Source) -> None:
     made_up = settings is None or getattr(settings, "_from_model_config", False)
     if made_up and (source.path / "generation_config.json").is_file() and not source.gguf_file:
         model.generation_config = GenerationConfig.from_pretrained(source.path)
+
+
+def _complete(
+    folder: Path, config: PreTrainedConfig, source: Source, made: dict[str, Any]
+) -> dict[str, Any]:
+    """Add what makes weights and config a checkpoint of ours; return its provenance."""
+    _make_loadable(folder, pruned=bool(config.is_heterogeneous))
+    record = _record(config, source, made)
+    _write_json(folder / "edgeprune.json", record)
+    (folder / CARD).write_text(model_card(record), encoding="utf-8")
+    return record
 
 
 def _make_loadable(folder: Path, *, pruned: bool) -> None:

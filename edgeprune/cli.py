@@ -53,6 +53,15 @@ Revision = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Bytes that the model may take in memory, as 6GB or 4GiB: a larger one is read from "
+        "its files layer by layer; default: 60% of the free memory.",
+        show_default=False,
+    ),
+]
 Precision = Literal["int4", "int8", "fp16", "fp32"]
 
 
@@ -245,6 +254,7 @@ def ppl(
             metavar="N", min=2, help="Read no more of the text than this.", show_default=False
         ),
     ] = None,
+    memory_budget: MemoryBudget = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -259,21 +269,22 @@ def ppl(
     """
     from dataclasses import asdict
 
-    from edgeprune import machine, sources
-    from edgeprune.perplexity import perplexity
+    from edgeprune import sources
+    from edgeprune.perplexity import measure
     from edgeprune.texts import read_texts
 
+    budget = _budget(memory_budget)
     with console.progress() as emit:
         source = sources.resolve(
             model, revision=revision, trust_remote_code=trust_remote_code, emit=emit
         )
-        found = perplexity(
-            sources.load_model(source, dtype=machine.compute_dtype(), device=machine.pick_device()),
-            sources.load_tokenizer(source),
+        found = measure(
+            source,
             "\n\n".join(read_texts(text)),
             window=window,
             stride=stride,
             max_tokens=max_tokens,
+            memory=budget,
             emit=emit,
         )
     _answer(asdict(found), as_json, lambda found: _tables().perplexity(found))
@@ -290,6 +301,7 @@ def export(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare the result with PyTorch.")
     ] = True,
+    memory_budget: MemoryBudget = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -307,6 +319,7 @@ def export(
             f"no format named: add --onnx (the one that there is), as in: "
             f"edgeprune export {model} --onnx -o {output}"
         )
+    budget = _budget(memory_budget)
     from edgeprune.exporters.onnx import export as work
 
     with console.progress() as emit:
@@ -315,6 +328,7 @@ def export(
             output,
             precision=precision,
             check=check,
+            memory=budget,
             emit=emit,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -532,6 +546,13 @@ def _one_target(sparsity: str | None, params: str | None, memory: str | None) ->
         return {name: parse(str(text))}
     except BadInput as error:
         raise BadInput(f"--{name}: {error}") from None
+
+
+def _budget(text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except BadInput as error:
+        raise BadInput(f"--memory-budget: {error}") from None
 
 
 def _layer_numbers(text: str) -> tuple[int, ...]:

@@ -125,7 +125,7 @@ def exported(found: dict[str, Any]) -> RenderableType:
     parity = found["parity"]
     if parity is None:
         return _facts([*lines, ("Against PyTorch", "not compared")])
-    greedy = "the same" if parity["greedy_text_equal"] else "differs"
+    greedy = {True: "the same", False: "differs", None: "not generated: the model is too large"}
     return _facts(
         [
             *lines,
@@ -137,7 +137,7 @@ def exported(found: dict[str, Any]) -> RenderableType:
                 f"at most {max(parity['prompt_max_abs_diff'], parity['decode_max_abs_diff']):.2g} "
                 "apart",
             ),
-            ("  greedy text", greedy),
+            ("  greedy text", greedy[parity["greedy_text_equal"]]),
         ]
     )
 

@@ -170,14 +170,12 @@ def _half(note: str, part: int, emit: Emit) -> Emit:
 
 
 def _perplexity(recipe: Recipe, source: Any, emit: Emit) -> dict[str, Any]:
-    from edgeprune import machine, sources
-    from edgeprune.perplexity import perplexity
+    from edgeprune.perplexity import measure
     from edgeprune.texts import read_texts
 
     settings = recipe.evaluate
-    found = perplexity(
-        sources.load_model(source, dtype=machine.compute_dtype(), device=machine.pick_device()),
-        sources.load_tokenizer(source),
+    found = measure(
+        source,
         "\n\n".join(read_texts(settings.text)),
         window=settings.window,
         max_tokens=settings.max_tokens,

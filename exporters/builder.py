@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from edgeprune.errors import BadInput, one_line
-from edgeprune.exporters.quantize import Blocks, quantize
+from edgeprune.exporters.deferred import Deferred, DeferredBlocks, Matrix, forget
 from edgeprune.exporters.storage import Storage
 from edgeprune.nonuniform import CAUSAL_LM, layer_widths
 
@@ -86,12 +86,16 @@ _LAYOUTS = {
 }
 
 
+_FLOATS = {16: torch.float16, 32: torch.float32}
+_ONNX_TYPES = {torch.float16: "FLOAT16", torch.float32: "FLOAT", torch.uint8: "UINT8"}
+
+
 class QuantizedLinear:
     """A linear layer with its weight in blocks, under the names that the builder looks for."""
 
     g_idx = None
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: DeferredBlocks) -> None:
         self.qweight = blocks.weight
         self.scales = blocks.scales
         self.bits = blocks.bits
@@ -120,7 +124,8 @@ class _PerLayer(_Untyped):
         self.family = model.config.model_type
         self.layout = _LAYOUTS.get(self.family, _PRE_NORM)
         self.widths = layer_widths(model.config)
-        self.table: Blocks | None = None
+        self.table: DeferredBlocks | None = None
+        self.written = 0
         self.tied = bool(getattr(model.config, "tie_word_embeddings", False))
         # whether ``skip_input`` holds something that the residual stream has not taken in yet
         self.pending = False
@@ -178,7 +183,6 @@ class _PerLayer(_Untyped):
             self.make_mlp(layer_id, layer.mlp, root_input=root)
             self._leave(layer_id, layer, layout.after_mlp, "mlp")
         self.layernorm_attrs["last_layernorm"] = layer_id == self.num_layers - 1
-        self.on_layer(layer_id + 1)
 
     def _use_widths(self, layer_id: int) -> None:
         widths = self.widths[layer_id]
@@ -265,6 +269,32 @@ class _PerLayer(_Untyped):
 
     # -- weights -------------------------------------------------------------------------------
 
+    def make_initializer(self, tensor: Any, /, name: str, **kwargs: Any) -> None:
+        if not isinstance(tensor, Deferred):
+            super().make_initializer(tensor, name, **kwargs)
+            return
+        ir = _modules().ir
+        layer = self.layer_id  # how many layers are written when this one's turn comes
+
+        def values() -> Deferred:
+            self.wrote_layers(layer)
+            return tensor
+
+        dtype = ir.DataType[_ONNX_TYPES[tensor.dtype]]
+        lazy = ir.LazyTensor(values, dtype=dtype, shape=ir.Shape(tensor.shape), name=name)
+        value = self.make_value(name, lazy.dtype, lazy.shape)
+        value.const_value = lazy
+        self.model.graph.register_initializer(value)
+
+    def wrote_layers(self, count: int) -> None:
+        """Report that the weights of so many layers are in the file."""
+        while self.written < count:
+            self.written += 1
+            self.on_layer(self.written)
+
+    def make_packed_matmul_float_class(self, *projections: Any, **_kwargs: Any) -> Any:
+        return SimpleNamespace(weight=Matrix(*(each.weight for each in projections)))
+
     def make_matmul(self, matmul: Any, basename: str, root_input: str, **kwargs: Any) -> str:
         bits = self.storage.table_bits if basename == "/lm_head/MatMul" else self.storage.body_bits
         if bits >= 16:
@@ -272,7 +302,7 @@ class _PerLayer(_Untyped):
         if basename == "/lm_head/MatMul" and self.tied:
             blocks = self._table_blocks(matmul.weight)
         else:
-            blocks = quantize(matmul.weight, bits, self.storage.block)
+            blocks = DeferredBlocks(_matrix(matmul.weight), bits, self.storage.block)
         return self.make_matmul_nbits(QuantizedLinear(blocks), basename, root_input, **kwargs)
 
     def _make_matmul_float(
@@ -281,7 +311,8 @@ class _PerLayer(_Untyped):
         tied_head = name == "/lm_head/MatMul" and self.tied
         weight = "model.embed_tokens.weight" if tied_head else _initializer(name)
         if not tied_head:
-            self._make_float_initializer(matmul.weight.T, weight, bits)
+            values = _matrix(matmul.weight).floats(_FLOATS[bits], transposed=True)
+            self.make_initializer(values, weight)
         rows, columns = matmul.weight.shape
         shape = [rows, columns] if tied_head else [columns, rows]
         if bits == 16:  # folded into a float32 constant when the model is loaded
@@ -295,12 +326,6 @@ class _PerLayer(_Untyped):
         self.make_value(output, self.io_dtype, shape=self.make_hidden_state_shape(last_dim=rows))
         return name
 
-    def _make_float_initializer(self, tensor: torch.Tensor, name: str, bits: int) -> None:
-        ir = _modules().ir
-        self.make_initializer(
-            tensor, name, to=ir.DataType.FLOAT16 if bits == 16 else ir.DataType.FLOAT
-        )
-
     def make_embedding_lookup(self, embedding: Any, basename: str, _lm_head: Any) -> str:
         bits = self.storage.table_bits
         if bits >= 16:
@@ -312,18 +337,20 @@ class _PerLayer(_Untyped):
             names.append(f"{prefix}.qzeros")
         if not self.tied:
             tensors = (blocks.weight, blocks.scales, blocks.zeros)
-            for name, tensor in zip(names, tensors, strict=False):  # no zeros at 8 bits
-                self.make_initializer(tensor, name)
+            for name, values in zip(names, tensors, strict=False):  # no zeros at 8 bits
+                self.make_initializer(values, name)
         return self._make_quantized_lookup(basename, names, blocks)
 
-    def _table_blocks(self, weight: torch.Tensor) -> Blocks:
+    def _table_blocks(self, weight: torch.Tensor) -> DeferredBlocks:
         """The quantized embedding table, which is the head as well where the two are tied."""
         if self.table is None:
-            self.table = quantize(weight, self.storage.table_bits, self.storage.block)
+            bits, block = self.storage.table_bits, self.storage.block
+            self.table = DeferredBlocks(_matrix(weight), bits, block)
         return self.table
 
     def _make_float_lookup(self, embedding: Any, basename: str, bits: int) -> str:
-        self._make_float_initializer(embedding, "model.embed_tokens.weight", bits)
+        values = _matrix(embedding).floats(_FLOATS[bits], transposed=False)
+        self.make_initializer(values, "model.embed_tokens.weight")
         name = f"{basename}/Gather"
         inputs = ["model.embed_tokens.weight", self.input_names["input_ids"]]
         self.make_node("Gather", inputs=inputs, outputs=[f"{name}/output_0"], name=name)
@@ -334,10 +361,11 @@ class _PerLayer(_Untyped):
         self.make_cast(f"{basename}/Cast", f"{name}/output_0", self.io_dtype, shape=shape)
         return f"{basename}/Cast/output_0"
 
-    def _make_quantized_lookup(self, basename: str, names: list[str], blocks: Blocks) -> str:
+    def _make_quantized_lookup(
+        self, basename: str, names: list[str], blocks: DeferredBlocks
+    ) -> str:
         """Gather rows of the quantized table and cut off the padding of their last block."""
-        row_bytes = blocks.weight[0].numel()
-        shape = [blocks.rows, row_bytes]
+        shape = [blocks.rows, blocks.row_bytes]
         flat = [names[0], f"/model/constants/INT64/{shape}"]
         uint8 = _modules().ir.DataType.UINT8
         self.make_reshape(f"{basename}/Reshape", flat, dtype=uint8, shape=shape)
@@ -354,7 +382,7 @@ class _PerLayer(_Untyped):
             gather_axis=0,
             quantize_axis=1,
         )
-        padded = row_bytes * 8 // blocks.bits
+        padded = blocks.row_bytes * 8 // blocks.bits
         if padded == self.hidden_size:
             return output
         self.make_value(output, self.io_dtype, shape=self.make_hidden_state_shape(last_dim=padded))
@@ -368,6 +396,10 @@ class _PerLayer(_Untyped):
     def make_lm_head(self, lm_head: Any) -> None:
         super().make_lm_head(lm_head)
         self.table = None
+
+
+def _matrix(weight: torch.Tensor | Matrix) -> Matrix:
+    return weight if isinstance(weight, Matrix) else Matrix(weight)
 
 
 def _location(norm: str) -> str:
@@ -480,8 +512,10 @@ def build(
     """Write the graph, the weights and ``genai_config.json`` of a loaded model into ``folder``.
 
     ``folder`` must already hold the tokenizer and, if the model has one, its generation config.
-    ``on_layer`` is called with the number of decoder layers done.
+    ``on_layer`` is called with the number of decoder layers done. Matrices are converted one at a
+    time, when they are written; norms and biases become float32 in the model itself.
     """
+    _widen_vectors(model)
     modules = _modules()
     config = _builder_config(model.config, folder)
     modules.main.add_special_token_ids(config, tokenizer)
@@ -492,8 +526,20 @@ def build(
         graph.model_type = _RUNTIME_TYPES.get(model.config.model_type, graph.model_type)
         graph.prepare(model, storage, on_layer)
         graph.make_model("")
-        graph.save_model(str(folder))
+        try:
+            graph.save_model(str(folder))
+        finally:
+            forget()
+        graph.wrote_layers(graph.num_layers)
     graph.make_genai_config(config, {}, str(folder))
+
+
+def _widen_vectors(model: PreTrainedModel) -> None:
+    """Make norms and biases float32: the builder computes with them."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() < 2 and parameter.dtype != torch.float32:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().float()))
 
 
 @cache

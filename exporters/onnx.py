@@ -15,18 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from edgeprune import machine
 from edgeprune.errors import BadInput, EdgepruneError, one_line
 from edgeprune.events import Emit, Note, Progress, StageFinished, StageStarted, ignore
 from edgeprune.exporters import builder, parity
 from edgeprune.exporters.sizes import file_bytes
 from edgeprune.exporters.storage import STORAGE
 from edgeprune.nonuniform import layer_widths
-from edgeprune.sources import Source, load_config, load_model, load_tokenizer, quiet, resolve
+from edgeprune.sources import Source, load_config, load_tokenizer, opened, quiet, resolve
 
 SCHEMA_VERSION = 1
 MANIFEST = "edgeprune_export.json"
 MODEL_FILES = ("model.onnx", "model.onnx.data")
+# Bytes of memory for each value of the largest matrix while it is converted and quantized.
+MATRIX_BYTES = 4
+# What the runtime takes to run an export, as a share of its files.
+RUNTIME_SHARE = 1.2
 _STAGE = "export"
 _LIBRARIES = ("edgeprune", "onnxruntime-genai", "onnxruntime", "torch", "transformers")
 
@@ -37,6 +43,7 @@ def export(
     *,
     precision: str = "int4",
     check: bool = True,
+    memory: int | None = None,
     emit: Emit = ignore,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -45,8 +52,10 @@ def export(
 
     ``precision`` is int4, int8, fp16 or fp32: how weights are stored. The folder appears under its
     name only when it is complete and, with ``check``, agrees with PyTorch; else EdgepruneError, and
-    an export that disagrees is kept as ``<output>.failed-parity``. BadInput, before any work, for
-    what cannot be exported or written.
+    an export that disagrees is kept as ``<output>.failed-parity``. A model whose float32 weights need
+    more than ``memory`` bytes (by default ``mapped.budget``) stays in its files, and is compared along
+    a fixed text instead of one that it generates. BadInput, before any work, for what cannot be
+    exported or written.
     """
     output = Path(output)
     _check_precision(precision)
@@ -56,10 +65,12 @@ def export(
     config = load_config(source)
     with quiet():
         builder.check_supported(config)
-        _check_disk(output, file_bytes(config, precision))
+        size = file_bytes(config, precision)
+        _check_disk(output, size)
+        _check_memory(config, size, check)
         emit(StageStarted(stage=_STAGE, title=f"Exporting {source.title} to ONNX, {precision}"))
         with _building(output) as folder:
-            manifest = _build(source, folder, precision, check, emit)
+            manifest = _build(source, folder, precision, check, memory, emit)
             failure = (manifest["parity"] or {}).get("failure")
             destination = _publish(folder, _failed_name(output) if failure else output)
     if failure:
@@ -101,28 +112,33 @@ def _check_disk(output: Path, needed: int) -> None:
         )
 
 
+def _check_memory(config: Any, size: int, check: bool) -> None:
+    table = config.vocab_size * config.hidden_size * MATRIX_BYTES
+    needed = max(table, size * RUNTIME_SHARE if check else 0)
+    free = machine.memory().available
+    if needed > free:
+        advice = (
+            " or leave the comparison with PyTorch out with --no-check" if needed > table else ""
+        )
+        raise BadInput(
+            f"the export needs {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free; "
+            f"close other programs{advice}"
+        )
+
+
 # ---- building
 
 
-def _build(source: Source, folder: Path, precision: str, check: bool, emit: Emit) -> dict[str, Any]:
-    model = load_model(source, dtype=torch.float32, emit=emit)
-    tokenizer = load_tokenizer(source)
-    config = model.config
-    answers = parity.reference(model, tokenizer) if check else []
-    # written without judging it: published models carry settings that transformers refuses to save
-    model.generation_config.to_json_file(folder / "generation_config.json")
-    tokenizer.save_pretrained(folder)
-    layers = config.num_hidden_layers
-    parameters = model.num_parameters()
-
-    def on_layer(done: int) -> None:
-        emit(Progress(stage=_STAGE, done=done, total=layers, unit="layers"))
-
-    builder.build(model, tokenizer, folder, STORAGE[precision], on_layer)
-    del model
+def _build(
+    source: Source, folder: Path, precision: str, check: bool, memory: int | None, emit: Emit
+) -> dict[str, Any]:
+    with opened(source, memory=memory, dtype=torch.float32, emit=emit) as model:
+        answers = _write(model, load_tokenizer(source), folder, precision, check, emit)
+        config, parameters = model.config, model.num_parameters()
+    del model  # its memory is wanted for the comparison
     result = None
     if check:
-        emit(Note(text="comparing logits and greedy text with PyTorch"))
+        emit(Note(text="comparing with PyTorch"))
         result = parity.check(folder, answers, precision).to_json()
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -139,6 +155,28 @@ def _build(source: Source, folder: Path, precision: str, check: bool, emit: Emit
     text = json.dumps(manifest, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     return manifest
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    precision: str,
+    check: bool,
+    emit: Emit,
+) -> list[parity.Answer]:
+    """Write all but the manifest; return what PyTorch says, for the comparison."""
+    answers = parity.reference(model, tokenizer) if check else []
+    # written without judging it: published models carry settings that transformers refuses to save
+    model.generation_config.to_json_file(folder / "generation_config.json")
+    tokenizer.save_pretrained(folder)
+    layers = model.config.num_hidden_layers
+
+    def on_layer(done: int) -> None:
+        emit(Progress(stage=_STAGE, done=done, total=layers, unit="layers"))
+
+    builder.build(model, tokenizer, folder, STORAGE[precision], on_layer)
+    return answers
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ import onnxruntime_genai as og
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from edgeprune import mapped
 from edgeprune.errors import one_line
 
 PROMPTS = (
@@ -25,6 +26,11 @@ PROMPTS = (
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "Question: Why is the sky blue?\nAnswer:",
     "In 1815, after a long and costly war, the two kingdoms signed a treaty that",
+)
+# What follows every prompt where the model is too large to generate from.
+CONTINUATION = (
+    " was not what anybody had expected at the time: the first three of them, which were 40 years "
+    "older, had been forgotten; only later did people see that `x = 2` made no difference at all."
 )
 GENERATED = 24
 # fp32 must agree with PyTorch in every logit.
@@ -44,6 +50,8 @@ class Answer:
     logits: np.ndarray
     plain: list[int] | None = None
     """The prompt without the tokens that the tokenizer puts around it."""
+    forced: bool = False
+    """Whether ``generated`` is a fixed text instead of what PyTorch generated."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,14 @@ class Parity:
     """How far an export is from PyTorch. Divergences are mean KL in nats per position.
 
     ``failure`` is None for an export to trust; where it does not even run, the figures are None.
+    ``reference`` is ``generated`` where PyTorch generated a text and the export was compared along it,
+    or ``fixed text`` where logits were compared along a text given in advance; no text is generated
+    then, and ``greedy_text_equal`` is None.
     """
 
     precision: str
     failure: str | None
+    reference: str = "generated"
     prompts: int | None = None
     positions: int | None = None
     prompt_max_abs_diff: float | None = None
@@ -76,8 +88,33 @@ class Parity:
 
 @torch.inference_mode()
 def reference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
-    """Ask PyTorch all prompts; the model should be in float32."""
+    """Ask PyTorch all prompts; the model should be in float32, or mapped.
+
+    A mapped model computes in float32 too, layer by layer and once: along a fixed text.
+    """
+    if mapped.is_mapped(model):
+        return _forced_answers(model, tokenizer)
     return [_answer(model, tokenizer, text) for text in PROMPTS]
+
+
+def _forced_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    rest = tokenizer(CONTINUATION, add_special_tokens=False)["input_ids"][:GENERATED]
+    walk = mapped.Walk(model, torch.float32)
+    hidden = walk.hidden([torch.tensor([prompt + rest[:-1]]) for prompt in prompts])
+    logits = walk.logits(torch.cat([each[0] for each in hidden])).split(
+        [each.shape[1] for each in hidden]
+    )
+    return [
+        Answer(
+            prompt,
+            rest,
+            rows.numpy(),
+            tokenizer(text, add_special_tokens=False)["input_ids"],
+            forced=True,
+        )
+        for text, prompt, rows in zip(PROMPTS, prompts, logits, strict=True)
+    ]
 
 
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Answer:
@@ -107,7 +144,7 @@ def check(folder: Path, answers: list[Answer], precision: str) -> Parity:
         )
         ends = {int(token) for token in np.atleast_1d(tokenizer.eos_token_ids)}
         logits = [_forced_logits(model, answer) for answer in answers]
-        text_equal = all(_same_text(model, answer, ends) for answer in answers)
+        text_equal = _same_texts(model, answers, ends)
     except RuntimeError as error:  # the runtime has no other
         return Parity(precision, f"onnxruntime-genai cannot run it: {one_line(error)}")
     return compare(answers, logits, precision, text_equal, tokenizer_equal)
@@ -117,16 +154,20 @@ def compare(
     answers: list[Answer],
     logits: list[np.ndarray],
     precision: str,
-    text_equal: bool,
+    text_equal: bool | None,
     tokenizer_equal: bool,
 ) -> Parity:
-    """Judge what an export said; ``logits`` are in the shape of the answers' own."""
+    """Judge what an export said; ``logits`` are in the shape of the answers' own.
+
+    ``text_equal`` is None where the answers are no generated text.
+    """
     pairs = list(zip(answers, logits, strict=True))
     right = np.concatenate([answer.logits for answer in answers])
     mine = np.concatenate(logits)
     parity = Parity(
         precision=precision,
         failure=None,
+        reference="fixed text" if answers[0].forced else "generated",
         prompts=len(answers),
         positions=len(right),
         prompt_max_abs_diff=_max_diff((a.logits[: len(a.prompt)], x) for a, x in pairs),
@@ -166,6 +207,12 @@ def _forced_logits(model: og.Model, answer: Answer) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def _same_texts(model: og.Model, answers: list[Answer], ends: set[int]) -> bool | None:
+    if any(answer.forced for answer in answers):
+        return None
+    return all(_same_text(model, answer, ends) for answer in answers)
+
+
 def _same_text(model: og.Model, answer: Answer, ends: set[int]) -> bool:
     """Whether free greedy generation gives PyTorch's tokens, up to an end token or a tie."""
     generator = _generator(model, answer.prompt)
@@ -200,7 +247,7 @@ def _failure(parity: Parity) -> str | None:
     if parity.precision == "fp32" and max(prompt, decode) > MAX_ABS_DIFF:
         where, worst = ("the prompt", prompt) if prompt > MAX_ABS_DIFF else ("decoding", decode)
         return f"logits of {where} differ by up to {worst:.3g}, allowed are {MAX_ABS_DIFF:g}"
-    if parity.precision == "fp32" and not parity.greedy_text_equal:
+    if parity.precision == "fp32" and parity.greedy_text_equal is False:
         return "greedy text differs"
     bound = MAX_KL_SHARE[parity.precision] * unrelated
     if kl > bound:

@@ -8,7 +8,7 @@ PyTorch by a fifth less than plain rounding between the extremes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -38,26 +38,41 @@ class Blocks:
 
 
 def quantize(weight: torch.Tensor, bits: int, block: int) -> Blocks:
-    """Quantize a matrix (rows, columns) to 4 or 8 bits along its columns."""
+    """Quantize a matrix (rows, columns) to 4 or 8 bits along its columns, a few rows at a time."""
     rows, columns = weight.shape
     blocks = ceil(columns / block)
     step = max(1, _CHUNK // (blocks * block))
     parts = [_quantize_rows(part, bits, block) for part in weight.detach().split(step)]
-    levels, scales, zeros = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    packed, scales, zeros = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return Blocks(
         bits=bits,
         block=block,
         rows=rows,
         columns=columns,
-        weight=_pack(levels, bits),
+        weight=packed,
         scales=scales,
-        zeros=None if bits == 8 else _pack(zeros, bits),
+        zeros=None if bits == 8 else zeros,
+    )
+
+
+def joined(parts: list[Blocks]) -> Blocks:
+    """Return quantized matrices, one below the other, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return replace(
+        parts[0],
+        rows=sum(part.rows for part in parts),
+        weight=torch.cat([part.weight for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=torch.cat(zeros) if zeros else None,
     )
 
 
 def _quantize_rows(
     weight: torch.Tensor, bits: int, block: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packed weights, scales and packed zero points of some rows."""
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % block))
     blocks = padded.view(rows, -1, block)
@@ -65,7 +80,8 @@ def _quantize_rows(
         levels, scales, zeros = _symmetric8(blocks)
     else:
         levels, scales, zeros = _least_squares4(blocks)
-    return levels.to(torch.uint8), scales.squeeze(-1), zeros.to(torch.uint8).squeeze(-1)
+    zeros = zeros.to(torch.uint8).squeeze(-1)
+    return _pack(levels.to(torch.uint8), bits), scales.squeeze(-1), _pack(zeros, bits)
 
 
 def _symmetric8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
