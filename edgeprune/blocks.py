@@ -14,15 +14,17 @@ Two orders give the same figures:
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from edgeprune import mapped
 from edgeprune.families import logits_divisor
 
 # Short sequences run faster through plain matrix products than through fused CPU attention kernels (1.5 x at 64).
@@ -51,6 +53,48 @@ class Block:
         wanted = [hidden, *(self.weights[name] for name in names)]
         first, *rest = torch.autograd.grad(out, wanted, gradient)
         return first, dict(zip(names, rest, strict=True))
+
+
+class Waiting:
+    """A stack of lists of tensors, in memory up to ``hold`` bytes (None: all) and beyond that in a temporary file."""
+
+    def __init__(self, hold: int | None) -> None:
+        self._room = hold
+        self._stack: list[list[Tensor] | list[tuple[int, torch.Size, torch.dtype]]] = []
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def push(self, tensors: list[Tensor]) -> None:
+        """Put a list on top. The tensors must not change afterwards."""
+        size = sum(t.nbytes for t in tensors)
+        if self._room is None or size <= self._room:
+            if self._room is not None:
+                self._room -= size
+            self._stack.append(list(tensors))
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        places = []
+        for tensor in tensors:
+            places.append((self._file.seek(0, 2), tensor.shape, tensor.dtype))
+            self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        self._stack.append(places)
+
+    def pop(self) -> list[Tensor]:
+        """Take the list on top."""
+        return [t if isinstance(t, Tensor) else self._read(*t) for t in self._stack.pop()]
+
+    def _read(self, place: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        assert self._file is not None
+        self._file.seek(place)
+        size = shape.numel() * dtype.itemsize
+        return torch.frombuffer(bytearray(self._file.read(size)), dtype=dtype).view(shape)
 
 
 class Layers(Protocol):
@@ -131,6 +175,11 @@ class Ends:
         loss = -own.clamp_min(torch.finfo(torch.float32).tiny).log().sum()
         return float(loss), probability @ self.head / self.divisor
 
+    def release(self) -> None:
+        """Give the memory of a mapped head and embedding back."""
+        mapped.release(self.model.lm_head)
+        mapped.release(self.model.model.embed_tokens)
+
     def _moved(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             value = value.to(self.device)
@@ -173,12 +222,14 @@ class Pass:
         ends: what lies before and after them.
         micro_batch: sequences at a time.
         recompute: walk layer by layer instead of micro batch by micro batch (see the module's text).
+        hold: bytes of layer inputs to hold in memory when recomputing; what is beyond waits in a file.
     """
 
     layers: Layers
     ends: Ends
     micro_batch: int
     recompute: bool = False
+    hold: int | None = None
     _sums: dict[int, Weights] = field(default_factory=dict)
 
     def run(
@@ -219,24 +270,39 @@ class Pass:
         self._sums = {}
         started = [self.ends.start(tokens) for tokens in batches]
         arguments = [a for _, a in started]
-        inputs: list[list[Tensor]] = [[h for h, _ in started]]
-        with torch.no_grad():
+        hidden = [h for h, _ in started]
+        del started
+        with Waiting(self.hold) as inputs, torch.no_grad():
             for i in range(len(self.layers)):
+                inputs.push(hidden)
                 block = self.layers.block(i)
-                inputs.append([])
-                for hidden, args in zip(inputs[i], arguments, strict=True):
-                    inputs[-1].append(block(hidden, args[i]))
-                    watcher.boundary(i, hidden, inputs[-1][-1])
+                for n, before in enumerate(hidden):
+                    after = block(before, arguments[n][i])
+                    watcher.boundary(i, before, after)
+                    hidden[n] = after
                     self._step()
-        ends = [self.ends.loss(h, t) for h, t in zip(inputs.pop(), batches, strict=True)]
-        gradients = [g for _, g in ends]
+            total = 0.0
+            with torch.enable_grad():
+                for n, tokens in enumerate(batches):
+                    loss, hidden[n] = self.ends.loss(hidden[n], tokens)
+                    total += loss
+                self.ends.release()
+                self._layers_back(hidden, inputs, arguments, watcher)
+        return total
+
+    def _layers_back(
+        self,
+        gradients: list[Tensor],
+        inputs: Waiting,
+        arguments: list[list[dict[str, Any]]],
+        watcher: Watcher,
+    ) -> None:
         for i in reversed(range(len(self.layers))):
             for n, hidden in enumerate(inputs.pop()):
-                before = hidden.requires_grad_()
+                before = hidden.detach().requires_grad_()
                 out = self.layers.block(i)(before, arguments[n][i])
                 gradients[n] = self._back(i, before, out, gradients[n])
             watcher.gradients(i, self.layers.block(i), self._finish(i))
-        return sum(loss for loss, _ in ends)
 
     def _back(self, index: int, before: Tensor, out: Tensor, gradient: Tensor) -> Tensor:
         result, found = self.layers.block(index).backward(out, before, gradient)

@@ -118,3 +118,10 @@ def head_dim(config: Any) -> int:
 def logits_divisor(config: Any) -> float:
     """What the head's output is divided by to give logits (Granite); 1 for the others."""
     return float(getattr(config, "logits_scaling", 1.0) or 1.0)
+
+
+def residual_scale(config: Any) -> float | None:
+    """What a layer's halves are multiplied by before they join the residual stream; None where a norm is in between."""
+    if config.model_type in ("gemma3_text", "olmo2"):
+        return None
+    return float(getattr(config, "residual_multiplier", 1.0) or 1.0)

@@ -48,6 +48,15 @@ def normalised(importance: list[float]) -> list[float]:
     return [x / largest for x in centred] if largest else centred
 
 
+def ranked(importance: list[float]) -> list[float]:
+    """Replace each by its rank, from -1 to 1: one outlier cannot use up the amplitude as it does in equation 5."""
+    order = sorted(range(len(importance)), key=importance.__getitem__)
+    result = [0.0] * len(importance)
+    for rank, i in enumerate(order):
+        result[i] = 2 * rank / max(1, len(importance) - 1) - (len(importance) > 1)
+    return result
+
+
 @dataclass
 class ImportanceWatcher:
     """Listens to a calibration pass and gathers layer and group importance.

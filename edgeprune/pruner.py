@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor
 
 from edgeprune import calibration as texts
-from edgeprune import checkpoint, machine, sources
-from edgeprune.blocks import EAGER_UP_TO, Block, Ends, Pass
+from edgeprune import checkpoint, machine, mapped, sources
+from edgeprune.blocks import EAGER_UP_TO, Ends, Pass, Weights
 from edgeprune.budget import (
     LayerChoice,
     Limits,
@@ -33,34 +35,95 @@ from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Note, Progress, PruneIteration, ignore
 from edgeprune.families import Half
 from edgeprune.groups import HALVES, Kept, LayerGroups, cut, describe_layers, pruned_config
-from edgeprune.importance import ElementMeasure, ImportanceWatcher, LayerMeasure, normalised
-from edgeprune.nonuniform import build_layer, class_for
+from edgeprune.importance import (
+    ElementMeasure,
+    ImportanceWatcher,
+    LayerMeasure,
+    normalised,
+    ranked,
+)
+from edgeprune.layers import CutLayers, skeleton, whole
+from edgeprune.nonuniform import class_for
+from edgeprune.repair import repair
+from edgeprune.scratch import Scratch
 from edgeprune.target import Target
 
-Method = Literal["adapt", "uniform"]
+Method = Literal["adapt", "adapt-pruner", "uniform"]
+Effort = Literal["quick", "balanced", "best"]
 STAGE = "prune"
 # Tokens that go through a layer at once. Fixed, so that a result does not depend on the machine's memory; larger
 # gains nothing on CPUs.
 MICRO_BATCH_TOKENS = 1024
 # How much of the importance measured in earlier iterations counts on. Each iteration draws fresh text, so that a mean
-# over several is less noisy than one alone; what it wins by itself is not measured yet (benchmarks/RESULTS.md).
+# over several is less noisy than one alone.
 MEMORY = 0.8
+# Bytes a parameter that pruning in memory takes: the weights as stored, those cut to compute with, and gradients.
+RESIDENT_BYTES = 4 + 2 + 4
+# Part of the free memory that a run may fill before it streams.
+BUDGET_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Time spent for quality: iterations, calibration sequences in each, and sequences to repair with."""
+
+    iterations: int
+    samples: int
+    repair_samples: int
+
+
+# From the table of quality and time in benchmarks/RESULTS.md.
+EFFORTS: dict[Effort, Pace] = {
+    "quick": Pace(10, 64, 256),
+    "balanced": Pace(25, 64, 1024),
+    "best": Pace(50, 128, 4096),
+}
+# Equation 6's A is a share of a layer for each iteration; the tilt of ``adapt`` is for the whole run, relative to the
+# average sparsity, so that it does not depend on how many iterations there are.
+AMPLITUDES: dict[Method, float] = {"adapt": 0.4, "adapt-pruner": 0.02, "uniform": 0.0}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to prune; the defaults are the paper's (A = 0.02, T = 50, 512 x 64 tokens)."""
+    """How to prune. ``adapt-pruner`` with A = 0.02, 50 iterations and 512 x 64 tokens is the paper's setting."""
 
     method: Method = "adapt"
-    iterations: int = 50
-    samples: int = 512
+    iterations: int = EFFORTS["balanced"].iterations
+    samples: int = EFFORTS["balanced"].samples
     length: int = 64
-    amplitude: float = 0.02
+    repair_samples: int = EFFORTS["balanced"].repair_samples
+    amplitude: float = AMPLITUDES["adapt"]
     width_multiple: int = 32
     seed: int = 0
     layer_importance: LayerMeasure = "cosine"
     element_importance: ElementMeasure = "taylor"
     skip_layers: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(
+        effort: Effort = "balanced",
+        *,
+        method: Method = "adapt",
+        iterations: int | None = None,
+        samples: int | None = None,
+        repair_samples: int | None = None,
+        amplitude: float | None = None,
+        **others: Any,
+    ) -> Options:
+        """Fill in what is left open from the effort and the method. BadInput for an effort there is not."""
+        for name, value, kind in (("effort", effort, Effort), ("method", method, Method)):
+            _check_choice(name, value, kind)
+        pace = EFFORTS[effort]
+        if repair_samples is None:
+            repair_samples = pace.repair_samples if method == "adapt" else 0
+        return Options(
+            method=method,
+            iterations=pace.iterations if iterations is None else iterations,
+            samples=pace.samples if samples is None else samples,
+            repair_samples=repair_samples,
+            amplitude=AMPLITUDES[method] if amplitude is None else amplitude,
+            **others,
+        )
 
     def check(self, config: Any) -> None:
         """Raise BadInput for what cannot be done with this model."""
@@ -68,14 +131,13 @@ class Options:
             ("iterations", 1),
             ("samples", 1),
             ("length", 2),
+            ("repair_samples", 0),
             ("width_multiple", 1),
         ):
             if getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise BadInput(f"{name} is {getattr(self, name)!r}; it must be one of {known}")
+            _check_choice(name, getattr(self, name), kind)
         if not math.isfinite(self.amplitude) or self.amplitude < 0:
             raise BadInput(f"amplitude is {self.amplitude}; it must be 0 or more")
         layers = config.num_hidden_layers
@@ -96,6 +158,11 @@ _CHOICES: dict[str, Any] = {
 }
 
 
+def _check_choice(name: str, value: Any, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise BadInput(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
+
+
 def prune(
     model: str | Path | sources.Source,
     output: str | Path,
@@ -105,6 +172,9 @@ def prune(
     memory: int | None = None,
     precision: str = "int4",
     calibration: str = "builtin",
+    effort: Effort = "balanced",
+    stream: bool | None = None,
+    memory_budget: int | None = None,
     state: Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -121,6 +191,9 @@ def prune(
         memory: or: bytes of the ONNX export at ``precision``.
         precision: of the export that ``memory`` means: int4, int8, fp16, fp32.
         calibration: text to measure importance on; see ``texts.read_texts``.
+        effort: quick, balanced or best; what ``options`` leaves open of iterations and samples.
+        stream: read one decoder layer at a time from the files; by default where the memory asks for it.
+        memory_budget: bytes that the run may take; by default a good part of what is free.
         state: file that makes the run resumable: the same call goes on from it, and removes it at the end.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code of the model's repository.
@@ -142,40 +215,80 @@ def prune(
             source, revision=revision, trust_remote_code=trust_remote_code, emit=emit
         )
     config = sources.load_config(source)
-    chosen = Options(**options)
+    chosen = Options.of(effort, **options)
     chosen.check(config)
     run = PruneRun.plan(config, chosen, Target.of(config, sparsity, params, memory, precision))
     corpus = texts.read_calibration(calibration)
     tokenizer = sources.load_tokenizer(source)
     corpus.draw(tokenizer, 1, chosen.length, "is the text long enough?")
-    dense = sources.load_model(source, emit=emit)
+    budget = memory_budget or int(machine.memory().available * BUDGET_SHARE)
+    streamed = _must_stream(config, budget) if stream is None else stream
     started = time.monotonic()
     what = _fingerprint(source, config, chosen, run.target, corpus.hash)
-    if state is not None and state.is_file():
-        run.load(state, what, emit)
-    for step in run.steps(dense, tokenizer, corpus, emit):
-        if state is not None:
-            run.save(state, what)
-        emit(step)
-    pruned = cut_model(dense, run.groups, run.kept)
-    record = checkpoint.save(
-        pruned,
-        tokenizer,
-        output,
-        provenance={
-            "method": chosen.method,
-            "options": _plain(chosen),
-            "target": run.target.to_json(),
-            "calibration": {"text": calibration, "sha256": corpus.hash},
-            "loss": run.losses,
-            "seconds": round(time.monotonic() - started, 1),
-            "compute_dtype": str(machine.compute_dtype()).removeprefix("torch."),
-        },
-        source=source,
-    )
+    with _opened(source, streamed, emit) as dense, _scratch(output, state, what) as scratch:
+        if state is not None and state.is_file():
+            run.load(state, what, emit)
+        run.hold = budget // 4
+        for step in run.steps(dense, tokenizer, corpus, emit, streamed=streamed):
+            if state is not None:
+                run.save(state, what)
+            emit(step)
+        if chosen.repair_samples:
+            run.repair(dense, tokenizer, corpus, scratch, emit)
+        record = checkpoint.save_parts(
+            _settings(dense, run.kept),
+            parts(dense, run.groups, run.kept, scratch.fixed if chosen.repair_samples else None),
+            tokenizer,
+            output,
+            provenance={
+                "method": chosen.method,
+                "options": _plain(chosen),
+                "target": run.target.to_json(),
+                "calibration": {"text": calibration, "sha256": corpus.hash},
+                "loss": run.losses,
+                "seconds": round(time.monotonic() - started, 1),
+                "compute_dtype": str(machine.compute_dtype()).removeprefix("torch."),
+                "streamed": streamed,
+            },
+            source=source,
+            generation_config=dense.generation_config,
+        )
     if state is not None:
         state.unlink(missing_ok=True)
+        shutil.rmtree(_scratch_folder(state), ignore_errors=True)
     return record
+
+
+def _must_stream(config: Any, budget: int) -> bool:
+    return sources.weight_bytes(config, RESIDENT_BYTES) > budget
+
+
+@contextmanager
+def _opened(source: sources.Source, streamed: bool, emit: Emit) -> Iterator[Any]:
+    """Give the dense model, in memory or mapped."""
+    if not streamed:
+        yield sources.load_model(source, emit=emit)
+        return
+    emit(Note(text=f"{source.title} is read from its files one decoder layer at a time"))
+    with sources.unpacking_place(source) as place:
+        yield sources.load_model(source, mapped=True, scratch=place, emit=emit)
+
+
+def _scratch_folder(state: Path) -> Path:
+    return state.with_name(state.name + ".repair")
+
+
+@contextmanager
+def _scratch(output: Path, state: Path | None, what: str) -> Iterator[Scratch]:
+    """Give a folder for repaired weights: beside the state, where it outlives a killed process, or a passing one."""
+    if state is not None:
+        yield Scratch(_scratch_folder(state), what)
+        return
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{output.name}.", suffix=".repair", dir=output.absolute().parent
+    ) as folder:
+        yield Scratch(Path(folder), what)
 
 
 def _plain(options: Options) -> dict[str, Any]:
@@ -218,6 +331,8 @@ class PruneRun:
     planned: list[float]
     losses: list[float]
     weight: float = 0.0
+    # bytes of residual streams to hold in memory; more go to a file
+    hold: int | None = None
 
     @staticmethod
     def plan(config: Any, options: Options, target: Target) -> PruneRun:
@@ -287,14 +402,26 @@ class PruneRun:
     # ---- the iterations
 
     def steps(
-        self, dense: Any, tokenizer: Any, corpus: texts.Calibration, emit: Emit = ignore
+        self,
+        dense: Any,
+        tokenizer: Any,
+        corpus: texts.Calibration,
+        emit: Emit = ignore,
+        *,
+        streamed: bool = False,
     ) -> Iterator[PruneIteration]:
         """Run the iterations that are left, one each time the next is asked for."""
         options = self.options
         device, dtype = machine.pick_device(), machine.compute_dtype()
-        with _attention(dense, "eager" if options.length <= EAGER_UP_TO else "sdpa"):
-            layers = ResidentLayers(dense, self.groups, self.kept, dtype, device)
-            walk = Pass(layers, Ends(dense, dtype, device), _micro_batch(options))
+        with _attention(dense, options.length):
+            layers = CutLayers(dense, self.groups, self.kept, dtype, device, streamed=streamed)
+            walk = Pass(
+                layers,
+                Ends(dense, dtype, device),
+                _micro_batch(options),
+                recompute=streamed,
+                hold=self.hold,
+            )
             for iteration in range(len(self.losses) + 1, options.iterations + 1):
                 started = time.monotonic()
                 tokens = corpus.draw(
@@ -305,8 +432,47 @@ class PruneRun:
                 layers.cut(self.kept)
                 yield self._event(iteration, time.monotonic() - started)
 
+    def repair(
+        self,
+        dense: Any,
+        tokenizer: Any,
+        corpus: texts.Calibration,
+        scratch: Scratch,
+        emit: Emit = ignore,
+    ) -> None:
+        """Refit the output projections of what is kept to what the dense layers wrote, into ``scratch``."""
+        options = self.options
+        device, dtype = machine.pick_device(), machine.compute_dtype()
+        tokens = corpus.draw(
+            tokenizer, options.repair_samples, options.length, f"{options.seed}-repair"
+        )
+        with _attention(dense, options.length):
+            cut_layers, whole_layers = (
+                CutLayers(dense, self.groups, kept, dtype, device, streamed=True)
+                for kept in (self.kept, [g.everything() for g in self.groups])
+            )
+            steps = repair(
+                Ends(dense, dtype, device),
+                list(tokens.split(_micro_batch(options))),
+                whole_layers.block,
+                cut_layers.block,
+                len(self.groups),
+                scratch.streams(),
+            )
+            for fixed, streams in steps:
+                scratch.keep(fixed, streams, dense.dtype)
+                emit(
+                    Progress(
+                        stage=STAGE,
+                        done=streams.layer,
+                        total=len(self.groups),
+                        unit="layers repaired",
+                        note="repair",
+                    )
+                )
+
     def _measure(
-        self, walk: Pass, layers: ResidentLayers, tokens: Tensor, iteration: int, emit: Emit
+        self, walk: Pass, layers: CutLayers, tokens: Tensor, iteration: int, emit: Emit
     ) -> ImportanceWatcher:
         options = self.options
         watcher = ImportanceWatcher(
@@ -343,17 +509,21 @@ class PruneRun:
         """Normalised importance of the layers that may be pruned; 0 for those left alone."""
         free = [i for i in range(len(self.groups)) if i not in self.options.skip_layers]
         result = [0.0] * len(self.groups)
-        for i, x in zip(free, normalised([self.layer_memory[i] for i in free]), strict=True):
+        scale = ranked if self.options.method == "adapt" else normalised
+        for i, x in zip(free, scale([self.layer_memory[i] for i in free]), strict=True):
             result[i] = x
         return result
 
     def _decide(self, config: Any, iteration: int) -> None:
         options = self.options
         total = self.target.removed * iteration / options.iterations
-        amplitude = options.amplitude if options.method == "adapt" else 0.0
+        prunable = [g.prunable for g in self.groups]
+        amplitude = 0.0 if options.method == "uniform" else options.amplitude
+        if options.method == "adapt":
+            amplitude *= self.target.removed / sum(prunable) / options.iterations
         self.planned = layer_targets(
             self.planned,
-            [g.prunable for g in self.groups],
+            prunable,
             self.most(),
             self.layer_importance(),
             amplitude,
@@ -396,89 +566,56 @@ def _micro_batch(options: Options) -> int:
 
 
 @contextmanager
-def _attention(model: Any, implementation: str) -> Iterator[None]:
-    """Use one attention implementation for a while."""
+def _attention(model: Any, length: int) -> Iterator[None]:
+    """Use the attention implementation that is quickest for sequences of this length."""
     before = model.config._attn_implementation
-    model.config._attn_implementation = implementation
+    model.config._attn_implementation = "eager" if length <= EAGER_UP_TO else "sdpa"
     try:
         yield
     finally:
         model.config._attn_implementation = before
 
 
-class ResidentLayers:
-    """All decoder layers in memory, cut to what is kept, in the type to compute in."""
+def _settings(dense: Any, kept: list[Kept]) -> Any:
+    config = pruned_config(dense.config, kept)
+    config.dtype = dense.dtype
+    return config
 
-    def __init__(
-        self,
-        dense: Any,
-        groups: list[LayerGroups],
-        kept: list[Kept],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._dense, self._groups = dense, groups
-        self._dtype, self._device = dtype, device
-        self.cut(kept)
 
-    def __len__(self) -> int:
-        return len(self._blocks)
+def parts(
+    dense: Any,
+    groups: list[LayerGroups],
+    kept: list[Kept],
+    fixed: Callable[[int], Weights] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the pruned model's parameters, in the source's type: those around the decoder layers, then layer by layer.
 
-    def block(self, index: int) -> Block:
-        """Return layer ``index``."""
-        return self._blocks[index]
-
-    def cut(self, kept: list[Kept]) -> None:
-        """Cut the dense weights anew."""
-        config = pruned_config(self._dense.config, kept)
-        layers = self._dense.model.layers
-        self._blocks = [self._cut(i, layers[i], config, kept[i]) for i in range(len(layers))]
-
-    def _cut(self, index: int, layer: Any, config: Any, kept: Kept) -> Block:
-        layer_config = config.per_layer_config[index]
-        layer_config._attn_implementation = self._dense.config._attn_implementation
-        with torch.device("meta"):
-            module = build_layer(type(layer), layer_config, index)
-        scored = {part.parameter for h in HALVES for part in self._groups[index].parts[h]}
-        whole = {name: p.detach() for name, p in layer.named_parameters()}
-        weights = cut(whole, self._groups[index], kept)
-        return Block(
-            module,
-            {
-                name: weights[name]
-                .to(self._device, self._dtype, copy=True)
-                .requires_grad_(name in scored)
-                for name, _ in module.named_parameters()
-            },
-        )
+    ``fixed`` gives the repaired weights of a layer, under their names in it.
+    """
+    layers = "model.layers."
+    yield {n: p.detach() for n, p in dense.named_parameters() if not n.startswith(layers)}
+    config = pruned_config(dense.config, kept)
+    for i, layer in enumerate(dense.model.layers):
+        wanted = skeleton(layer, config, i, dense.config._attn_implementation)
+        weights = cut(whole(layer), groups[i], kept[i]) | (fixed(i) if fixed else {})
+        yield {
+            f"{layers}{i}.{name}": weights[name].contiguous()
+            for name, _ in wanted.named_parameters()
+        }
+        mapped.release(layer)
 
 
 def cut_model(dense: Any, groups: list[LayerGroups], kept: list[Kept]) -> Any:
-    """Return the pruned model as an ordinary transformers model, in the source's type.
+    """Return the pruned model as an ordinary transformers model, in the source's type and without repair.
 
     What is whole shares its memory with ``dense``.
     """
-    config = pruned_config(dense.config, kept)
+    config = _settings(dense, kept)
     config._attn_implementation = dense.config._attn_implementation
-    config.dtype = dense.dtype
-    model_class = class_for(config.model_type)
     with torch.device("meta"):
-        pruned = model_class(config)
-    weights: dict[str, Tensor] = {}
-    for name, value in dense.state_dict().items():
-        if not name.startswith("model.layers."):
-            weights[name] = value
-    for i, layer in enumerate(dense.model.layers):
-        wanted = {name for name, _ in pruned.model.layers[i].named_parameters()}
-        whole = {name: p.detach() for name, p in layer.named_parameters()}
-        for name, value in cut(whole, groups[i], kept[i]).items():
-            if name in wanted:
-                weights[f"model.layers.{i}.{name}"] = value.contiguous()
-    return _filled(pruned, dense, weights)
-
-
-def _filled(pruned: Any, dense: Any, weights: Mapping[str, Tensor]) -> Any:
-    pruned.load_state_dict(weights, strict=True, assign=True)
+        pruned = class_for(config.model_type)(config)
+    weights = {name: w for part in parts(dense, groups, kept) for name, w in part.items()}
+    pruned.load_state_dict(weights, strict=False, assign=True)
     pruned.tie_weights()
     # buffers that are no weights (rotary frequencies) are not in the state; take the dense model's
     buffers = dict(dense.named_buffers())

@@ -15,7 +15,8 @@ from edgeprune.events import Note, PruneIteration
 from edgeprune.exporters.sizes import file_bytes
 from edgeprune.groups import HALVES, describe_layers
 from edgeprune.importance import ImportanceWatcher, normalised
-from edgeprune.pruner import ResidentLayers, prune
+from edgeprune.layers import CutLayers
+from edgeprune.pruner import prune
 from edgeprune.sources import load_config, resolve
 from tests import tiny
 
@@ -72,7 +73,7 @@ def test_the_pass_gives_the_loss_and_the_gradients_of_the_whole_model(family):
     device = torch.device("cpu")
     for recompute in (False, True):
         for micro_batch in (5, 2):
-            layers = ResidentLayers(model, groups, kept, torch.float32, device)
+            layers = CutLayers(model, groups, kept, torch.float32, device)
             watcher = Compare(groups, kept)
             walk = Pass(layers, Ends(model, torch.float32, device), micro_batch, recompute)
             assert walk.run(tokens, watcher) == pytest.approx(float(expected), rel=1e-5)
@@ -88,7 +89,7 @@ def test_both_orders_of_the_pass_give_the_same_figures():
     found = []
     for recompute in (False, True):
         device = torch.device("cpu")
-        layers = ResidentLayers(model, groups, kept, torch.float32, device)
+        layers = CutLayers(model, groups, kept, torch.float32, device)
         watcher = ImportanceWatcher(groups, kept)
         loss = Pass(layers, Ends(model, torch.float32, device), 2, recompute).run(tokens, watcher)
         found.append((loss, watcher))
@@ -115,7 +116,7 @@ def test_a_layer_that_changes_more_is_more_important(measure):
     kept = [g.everything() for g in groups]
     device = torch.device("cpu")
     watcher = ImportanceWatcher(groups, kept, layer_measure=measure)
-    layers = ResidentLayers(model, groups, kept, torch.float32, device)
+    layers = CutLayers(model, groups, kept, torch.float32, device)
     Pass(layers, Ends(model, torch.float32, device), 4).run(
         torch.arange(3, 67).view(4, 16), watcher
     )

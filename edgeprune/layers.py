@@ -1,0 +1,105 @@
+"""The decoder layers of a pruning run: dense weights cut to what is kept, ready to run as blocks.
+
+Either all of them are held in memory, or one at a time is made from weights that stay in their files
+(``mapped``). Which of the two changes nothing in the figures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeprune.blocks import Block
+from edgeprune.groups import HALVES, Kept, LayerGroups, cut, pruned_config
+from edgeprune.nonuniform import build_layer
+
+
+class CutLayers:
+    """Decoder layers cut to what is kept, in the type to compute in.
+
+    Args:
+        dense: the dense model; mapped or in memory.
+        groups: its groups, one a layer.
+        kept: what each layer keeps.
+        dtype: the type to compute in.
+        device: the device to compute on.
+        streamed: hold one layer at a time, made anew from the dense weights whenever it is asked for, and give the
+            pages of mapped weights back.
+    """
+
+    def __init__(
+        self,
+        dense: Any,
+        groups: list[LayerGroups],
+        kept: list[Kept],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        streamed: bool = False,
+    ) -> None:
+        self._dense, self._groups = dense, groups
+        self._dtype, self._device = dtype, device
+        self._streamed = streamed
+        self._last = 0
+        self._held: dict[int, Block] = {}
+        self.cut(kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def cut(self, kept: list[Kept]) -> None:
+        """Cut the dense weights anew."""
+        self._kept = kept
+        self._config = pruned_config(self._dense.config, kept)
+        self._held.clear()
+
+    def block(self, index: int) -> Block:
+        """Return layer ``index``."""
+        if index not in self._held:
+            if self._streamed:
+                self._held.clear()
+                self._read_ahead(index)
+            self._held[index] = self._cut(index)
+        return self._held[index]
+
+    def _read_ahead(self, index: int) -> None:
+        """Give the layer before back and have the one behind it read, in whichever direction the pass goes."""
+        from edgeprune import mapped
+
+        layers = self._dense.model.layers
+        step = -1 if index < self._last else 1
+        if index != self._last:
+            mapped.release(layers[self._last])
+        if 0 <= index + step < len(layers):
+            mapped.prefetch(layers[index + step])
+        self._last = index
+
+    def _cut(self, index: int) -> Block:
+        layer = self._dense.model.layers[index]
+        module = skeleton(layer, self._config, index, self._dense.config._attn_implementation)
+        scored = {part.parameter for h in HALVES for part in self._groups[index].parts[h]}
+        weights = cut(whole(layer), self._groups[index], self._kept[index])
+        return Block(
+            module,
+            {
+                name: weights[name]
+                .to(self._device, self._dtype, copy=not self._streamed)
+                .requires_grad_(name in scored)
+                for name, _ in module.named_parameters()
+            },
+        )
+
+
+def whole(layer: Any) -> dict[str, Tensor]:
+    """Return a decoder layer's parameters by name."""
+    return {name: p.detach() for name, p in layer.named_parameters()}
+
+
+def skeleton(layer: Any, config: Any, index: int, attention: str) -> Any:
+    """Build layer ``index`` of a pruned ``config`` on the meta device; ``attention`` is its implementation."""
+    layer_config = config.per_layer_config[index]
+    layer_config._attn_implementation = attention
+    with torch.device("meta"):
+        return build_layer(type(layer), layer_config, index)

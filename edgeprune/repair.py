@@ -1,0 +1,317 @@
+"""Compensation in closed form: the output projections refitted to inputs of which some are gone.
+
+A layer that lost heads or channels writes something else into the residual stream. ``o_proj`` and ``down_proj`` are
+linear in what is left, so the weights that come nearest to what the dense layer wrote are a ridge regression, and cost
+nothing at run time:
+
+    W = W_K + (C - W_K H) (H + l d I)^-1,   H = sum of w x x^T,  C = sum of w t x^T,  d = mean diagonal of H
+
+with x the kept inputs of a token, t the target, W_K the dense columns that are kept, w the token's weight. With
+t = W_dense x_dense this is W_K + W_P H_PK (H_KK + l d I)^-1, the form of SparseGPT (arXiv 2301.00774), OSSCAR (arXiv
+2403.12983) and others. Two things are added here, both measured in benchmarks/RESULTS.md:
+
+- the target also takes in a share of what the layers before have already got wrong: the difference of the dense
+  model's residual stream and this one's;
+- a token counts by the inverse square of its residual stream, as the norm that reads the sum divides by it. A few
+  tokens with huge activations would else decide everything.
+
+Layers are repaired in order, each on the activations that the repaired layers before it produce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeprune.blocks import Block, Ends, Weights
+from edgeprune.families import Half, residual_scale
+from edgeprune.groups import HALVES
+
+OUTPUT: dict[Half, str] = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+# Share of the residual stream's error that a projection is asked to make up for; 0, 0.3, 0.6 and 1 were tried.
+MIX = 0.3
+# Candidates for the ridge, in units of the mean diagonal of H.
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Rows of the weight that the ridge is chosen on: the inputs are the same for all of them.
+RIDGE_ROWS = 64
+
+
+@dataclass
+class Moments:
+    """Second moments of a projection's inputs and of inputs and targets, float32, over two halves of the sequences.
+
+    ``second[n]`` is (inputs, inputs), ``cross[n]`` (outputs, inputs); both are sums over ``tokens[n]`` tokens.
+    """
+
+    second: list[Tensor] = field(default_factory=list)
+    cross: list[Tensor] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+    _sequences: int = 0
+
+    def add(self, inputs: Tensor, targets: Tensor, weight: Tensor) -> None:
+        """Add a micro batch.
+
+        Args:
+            inputs: (batch, length, inputs).
+            targets: (batch, length, outputs).
+            weight: of each token, (batch, length, 1), float32.
+        """
+        root = weight.sqrt()
+        for half in (0, 1):
+            # by the sequence's number, so that the micro batch does not matter
+            rows = slice((half + self._sequences) % 2, None, 2)
+            x = (inputs[rows].float() * root[rows]).flatten(0, -2)
+            t = (targets[rows].float() * root[rows]).flatten(0, -2)
+            if len(self.second) <= half:
+                self.second.append(x.new_zeros(x.shape[1], x.shape[1]))
+                self.cross.append(x.new_zeros(t.shape[1], x.shape[1]))
+            self.second[half].addmm_(x.T, x)
+            self.cross[half].addmm_(t.T, x)
+            self.tokens[half] += len(x)
+        self._sequences += len(inputs)
+
+    def refit(self, weight: Tensor) -> tuple[Tensor, float]:
+        """Return the repaired ``weight`` (outputs, inputs), float32, and the ridge that was chosen for it."""
+        ridge = self._choose_ridge(weight) if min(self.tokens) else RIDGES[-1]
+        second, cross = sum(self.second), sum(self.cross)
+        assert isinstance(second, Tensor)
+        assert isinstance(cross, Tensor)
+        self.second.clear()
+        self.cross.clear()
+        step, ridge = _ridge_step(second, cross - weight @ second, ridge)
+        return weight + step, ridge
+
+    def _choose_ridge(self, weight: Tensor) -> float:
+        """The ridge whose fit on one half of the sequences has the least squared error on the other."""
+        pick = torch.linspace(
+            0, len(weight) - 1, min(RIDGE_ROWS, len(weight)), device=weight.device
+        )
+        some = weight[pick.long()]
+        fitted = self.cross[0][pick.long()] - some @ self.second[0]
+        held_out = self.cross[1][pick.long()] - some @ self.second[1]
+        errors = []
+        for ridge in RIDGES:
+            step, _ = _ridge_step(self.second[0], fitted, ridge)
+            error = ((step @ self.second[1]) * step).sum() - 2 * (held_out * step).sum()
+            errors.append(float(error))
+        return RIDGES[min(range(len(errors)), key=errors.__getitem__)]
+
+
+def _ridge_step(second: Tensor, missing: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Solve ``step (H + l d I) = missing`` by Cholesky; the damping is raised while that fails."""
+    scale = float(second.diagonal().mean()) or 1.0
+    while True:
+        damped = second.clone()
+        damped.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return torch.cholesky_solve(missing.T, factor).T, ridge
+        ridge *= 10
+
+
+@dataclass
+class Streams:
+    """Where a repair stands: the next layer, and the residual streams before it, (batch, length, hidden size) each."""
+
+    layer: int
+    pruned: list[Tensor]
+    dense: list[Tensor]
+
+
+def repair(
+    ends: Ends,
+    batches: list[Tensor],
+    dense_block: Callable[[int], Block],
+    cut_block: Callable[[int], Block],
+    layers: int,
+    streams: Streams | None = None,
+) -> Iterator[tuple[Weights, Streams]]:
+    """Repair layer after layer: yield the new output projections of each, float32, and where the work stands.
+
+    Args:
+        ends: of the dense model.
+        batches: token ids, (sequences, length) each.
+        dense_block: gives a whole decoder layer.
+        cut_block: gives it cut to what is kept.
+        layers: how many there are.
+        streams: go on from here.
+    """
+    with torch.no_grad():
+        started = [ends.start(tokens) for tokens in batches]
+        arguments = [each for _, each in started]
+        if streams is None:
+            first = [hidden for hidden, _ in started]
+            streams = Streams(0, first, first)
+        del started
+        scale = residual_scale(ends.model.config)
+        for i in range(streams.layer, layers):
+            one = _Layer(cut_block(i), dense_block(i), [each[i] for each in arguments], scale)
+            fixed, streams = one.run(streams)
+            yield fixed, streams
+
+
+class _Enough(Exception):
+    """Ends a forward pass where nothing more of it is wanted."""
+
+
+@dataclass
+class _Layer:
+    """The repair of one decoder layer. Every projection's input is computed once for each of the streams."""
+
+    cut: Block
+    dense: Block
+    arguments: list[dict[str, Any]]
+    scale: float | None
+
+    def run(self, streams: Streams) -> tuple[Weights, Streams]:
+        goals, after = self._goals(streams)
+        fixed: Weights = {}
+        written: list[dict[Half, Tensor]] = [{} for _ in streams.pruned]
+        for half in HALVES:
+            name = f"{OUTPUT[half]}.weight"
+            if name not in self.cut.weights:
+                continue  # this half is gone as a whole
+            inputs = self._refit(half, streams, goals, written, fixed)
+            bias = self.cut.weights.get(f"{OUTPUT[half]}.bias")
+            weight = fixed[name].to(self.cut.weights[name].dtype)
+            for n, x in enumerate(inputs):
+                written[n][half] = torch.nn.functional.linear(x, weight, bias)
+        pruned = [
+            _forward(self.cut, hidden, self.arguments[n], written[n])
+            for n, hidden in enumerate(streams.pruned)
+        ]
+        return fixed, Streams(streams.layer + 1, pruned, after)
+
+    def _goals(self, streams: Streams) -> tuple[list[dict[Half, Tensor]], list[Tensor]]:
+        """What the dense stream's projections write, and the stream after the layer."""
+        goals, after = [], []
+        for hidden, arguments in zip(streams.dense, self.arguments, strict=True):
+            with _outputs(self.dense) as wrote:
+                after.append(self.dense(hidden, arguments))
+            goals.append(dict(wrote))
+        return goals, after
+
+    def _refit(
+        self,
+        half: Half,
+        streams: Streams,
+        goals: list[dict[Half, Tensor]],
+        written: list[dict[Half, Tensor]],
+        fixed: Weights,
+    ) -> list[Tensor]:
+        """Refit one projection into ``fixed``; return its inputs."""
+        moments, inputs = Moments(), []
+        bias = self.cut.weights.get(f"{OUTPUT[half]}.bias")
+        for n, hidden in enumerate(streams.pruned):
+            x = _input_of(self.cut, half, hidden, self.arguments[n], written[n])
+            wanted = _output_of(self.dense, half, hidden, self.arguments[n], written[n]).float()
+            stream = hidden.float()
+            if self.scale is None:
+                stream = wanted  # a norm of its own reads what is written
+            else:
+                error = (
+                    streams.dense[n].float() - hidden.float() + self.scale * goals[n][half].float()
+                )
+                if half == "mlp" and "attention" in goals[n]:
+                    error += self.scale * goals[n]["attention"].float()
+                if half == "mlp" and "attention" in written[n]:
+                    stream = stream + self.scale * written[n]["attention"].float()
+                    error -= self.scale * written[n]["attention"].float()
+                wanted = wanted + MIX * (error / self.scale - wanted)
+            if bias is not None:
+                wanted = wanted - bias.float()
+            weight = 1 / stream.square().mean(-1, keepdim=True).clamp_min(1e-12)
+            moments.add(x, wanted, weight)
+            inputs.append(x)
+        name = f"{OUTPUT[half]}.weight"
+        fixed[name], _ = moments.refit(self.cut.weights[name].detach().float())
+        return inputs
+
+
+@contextmanager
+def _outputs(block: Block) -> Iterator[dict[Half, Tensor]]:
+    """Catch what a block's projections write while it runs."""
+    wrote: dict[Half, Tensor] = {}
+    hooks = []
+    for half in HALVES:
+        if f"{OUTPUT[half]}.weight" in block.weights:
+            projection = block.module.get_submodule(OUTPUT[half])
+
+            def keep(_module: Any, _inputs: Any, output: Tensor, half: Half = half) -> None:
+                wrote[half] = output
+
+            hooks.append(projection.register_forward_hook(keep))
+    try:
+        yield wrote
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _input_of(
+    block: Block, half: Half, hidden: Tensor, arguments: dict[str, Any], known: dict[Half, Tensor]
+) -> Tensor:
+    """Return what a projection reads, (batch, length, inputs); ``known`` halves are not computed again."""
+    found: list[Tensor] = []
+
+    def catch(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+        raise _Enough
+
+    hook = block.module.get_submodule(OUTPUT[half]).register_forward_pre_hook(catch)
+    return _caught(hook, found, block, hidden, arguments, known)
+
+
+def _output_of(
+    block: Block, half: Half, hidden: Tensor, arguments: dict[str, Any], known: dict[Half, Tensor]
+) -> Tensor:
+    """Return what a projection writes, (batch, length, hidden size)."""
+    found: list[Tensor] = []
+
+    def catch(_module: Any, _inputs: Any, output: Tensor) -> None:
+        found.append(output)
+        raise _Enough
+
+    hook = block.module.get_submodule(OUTPUT[half]).register_forward_hook(catch)
+    return _caught(hook, found, block, hidden, arguments, known)
+
+
+def _caught(
+    hook: Any,
+    found: list[Tensor],
+    block: Block,
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    known: dict[Half, Tensor],
+) -> Tensor:
+    try:
+        _forward(block, hidden, arguments, known)
+    except _Enough:
+        pass
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def _forward(
+    block: Block, hidden: Tensor, arguments: dict[str, Any], known: dict[Half, Tensor]
+) -> Tensor:
+    """Run a layer with what ``known`` halves write given instead of computed."""
+    module: Any = block.module
+    replaced = []
+    if "attention" in known:
+        module.self_attn.forward = lambda *_args, **_others: (known["attention"], None)
+        replaced.append(module.self_attn)
+    if "mlp" in known:
+        module.mlp.forward = lambda *_args, **_others: known["mlp"]
+        replaced.append(module.mlp)
+    try:
+        return block(hidden, arguments)
+    finally:
+        for each in replaced:
+            del each.forward
