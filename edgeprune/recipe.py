@@ -70,18 +70,24 @@ class PruneSection(_Section):
     """Total parameters to keep at most: "95M"."""
     memory: Bytes | None = None
     """Size of the exported file at most, in the export's precision: "60MB"."""
-    method: Literal["adapt", "uniform"] = "adapt"
-    """``adapt`` prunes each layer by its importance, ``uniform`` all layers alike."""
-    iterations: Positive = 50
+    method: Literal["adapt", "adapt-pruner", "uniform"] = "adapt"
+    """``adapt`` prunes each layer by its importance and repairs it, ``adapt-pruner`` is the paper's method,
+    ``uniform`` prunes all layers alike."""
+    effort: Literal["quick", "balanced", "best"] = "balanced"
+    """Time for quality; sets what is absent of the next three."""
+    iterations: Positive | None = None
     """Steps to the target; importance is measured anew at each."""
-    samples: Positive = 512
+    samples: Positive | None = None
     """Calibration sequences in each iteration, drawn afresh."""
+    repair_samples: Annotated[int, Field(ge=0)] | None = None
+    """Calibration sequences to repair with at the end; 0: no repair."""
     length: Annotated[int, Field(ge=2)] = 64
     """Tokens in a calibration sequence."""
     calibration: Text = "builtin"
     """A text file, a Hub data set or ``builtin``."""
-    amplitude: Annotated[float, Field(ge=0)] = 0.02
-    """How strongly a layer's importance moves its share of the pruning."""
+    amplitude: Annotated[float, Field(ge=0)] | None = None
+    """How strongly a layer's importance moves its share of the pruning; absent: 0.4 for ``adapt``, 0.02 for
+    ``adapt-pruner``."""
     width_multiple: Positive = 32
     """Every intermediate size that is left is a multiple of this."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -92,6 +98,10 @@ class PruneSection(_Section):
     """Score that ranks the heads and channels within the layers."""
     skip_layers: list[Annotated[int, Field(ge=0)]] = []
     """Decoder layers to leave as they are, counted from 0."""
+    stream: bool | None = None
+    """Read one decoder layer at a time from the files; absent: where memory asks for it."""
+    memory_budget: Bytes | None = None
+    """Memory that pruning may take: "6GB"; absent: a good part of what is free."""
 
 
 class ExportSection(_Section):
