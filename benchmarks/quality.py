@@ -2,10 +2,11 @@
 
     python benchmarks/quality.py [--sparsities 0.2 0.4 0.6] [--effort best] [--variants adapt adapt-pruner]
 
-No training. ``no-repair`` and ``even`` are adapt without one of its parts, ``tilt-...`` with other amplitudes; ``magnitude`` is the classic
-baseline: every layer alike, groups ranked by the size of their weights. --skip-tokens measures on a later part
-of the text: variants are chosen there, and reported on the part before. Calibrates on --calibration and measures on --text; both default to the texts beside
-the repository where they are present, and to the ones inside every Python where not.
+No training. ``no-repair`` and ``even`` are adapt without one of its parts, ``tilt-...`` with other amplitudes;
+``magnitude`` is the classic baseline: every layer alike, groups ranked by the size of their weights.
+Calibrates on --calibration and measures on --text; both default to the texts beside the repository where
+they are present, and to the ones inside every Python where not. --skip-tokens measures on a later part of the
+text: variants are chosen there, and reported on the part before.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
     dense = measured(options.model, text, options.max_tokens)
     print(
         f"{options.model}, effort {options.effort}, calibrated on windows of {options.length} tokens of "
-        f" {Path(options.calibration).name}; {dense.tokens} tokens of {Path(options.text).name} in windows "
+        f"{Path(options.calibration).name}; {dense.tokens} tokens of {Path(options.text).name} in windows "
         f"of {dense.window}, {dense.dtype}; dense {dense.token_perplexity:.1f} a token, "
         f"{dense.word_perplexity:.1f} a word\n"
     )

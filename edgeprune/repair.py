@@ -4,10 +4,10 @@ A layer that lost heads or channels writes something else into the residual stre
 linear in what is left, so the weights that come nearest to what the dense layer wrote are a ridge regression, and cost
 nothing at run time:
 
-    W = W_K + (C - W_K H) (H + l d I)^-1,   H = sum of w x x^T,  C = sum of w t x^T,  d = mean diagonal of H
+    W = W_K + D (H + l d I)^-1,   H = sum of w x x^T,  D = sum of w (t - W_K x) x^T,  d = mean diagonal of H
 
 with x the kept inputs of a token, t the target, W_K the dense columns that are kept, w the token's weight. With
-t = W_dense x_dense this is W_K + W_P H_PK (H_KK + l d I)^-1, the form of SparseGPT (arXiv 2301.00774), OSSCAR (arXiv
+t the dense output this is W_K + W_P H_PK (H_KK + l d I)^-1, the form of SparseGPT (arXiv 2301.00774), OSSCAR (arXiv
 2403.12983) and others. Two things are added here, both measured in benchmarks/RESULTS.md:
 
 - the target also takes in a share of what the layers before have already got wrong: the difference of the dense
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -42,17 +42,28 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 RIDGE_ROWS = 64
 
 
-@dataclass
 class Moments:
-    """Second moments of a projection's inputs and of inputs and targets, float32, over two halves of the sequences.
+    """Second moments of a projection's inputs x and of what they must make up for, over two halves of the sequences.
 
-    ``second[n]`` is (inputs, inputs), ``cross[n]`` (outputs, inputs); both are sums over ``tokens[n]`` tokens.
+    H = sum of w x x^T is (inputs, inputs) and D = sum of w (t - W x) x^T (outputs, inputs), float32. They are
+    gathered as such when there are more tokens than inputs. With fewer, as in large models, the tokens themselves are
+    kept, and D (H + r I)^-1 is taken as E^T (X X^T + r I)^-1 X, with a row of X and of the errors E for each token.
+
+    Args:
+        weight: the weight before the repair, (outputs, inputs), float32.
+        tokens: how many there will be.
     """
 
-    second: list[Tensor] = field(default_factory=list)
-    cross: list[Tensor] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=lambda: [0, 0])
-    _sequences: int = 0
+    def __init__(self, weight: Tensor, tokens: int) -> None:
+        self._weight = weight
+        self._few = tokens <= weight.shape[1]
+        self._sequences = 0
+        self._rows: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+        inputs = 0 if self._few else weight.shape[1]
+        self._second, self._missing = (
+            [weight.new_zeros(rows, inputs) for _ in (0, 1)]
+            for rows in (inputs, 0 if self._few else len(weight))
+        )
 
     def add(self, inputs: Tensor, targets: Tensor, weight: Tensor) -> None:
         """Add a micro batch.
@@ -67,60 +78,79 @@ class Moments:
             # by the sequence's number, so that the micro batch does not matter
             rows = slice((half + self._sequences) % 2, None, 2)
             x = (inputs[rows].float() * root[rows]).flatten(0, -2)
-            t = (targets[rows].float() * root[rows]).flatten(0, -2)
-            if len(self.second) <= half:
-                self.second.append(x.new_zeros(x.shape[1], x.shape[1]))
-                self.cross.append(x.new_zeros(t.shape[1], x.shape[1]))
-            self.second[half].addmm_(x.T, x)
-            self.cross[half].addmm_(t.T, x)
-            self.tokens[half] += len(x)
+            error = (targets[rows].float() * root[rows]).flatten(0, -2)
+            error.addmm_(x, self._weight.T, alpha=-1)
+            if self._few:
+                self._rows[half].append((x, error))
+            else:
+                self._second[half].addmm_(x.T, x)
+                self._missing[half].addmm_(error.T, x)
         self._sequences += len(inputs)
 
-    def refit(self, weight: Tensor) -> tuple[Tensor, float]:
-        """Return the repaired ``weight`` (outputs, inputs), float32, and the ridge that was chosen for it."""
-        ridge = self._choose_ridge(weight) if min(self.tokens) else RIDGES[-1]
+    def refit(self) -> tuple[Tensor, float]:
+        """Return the repaired weight, (outputs, inputs), float32, and the ridge that was chosen for it."""
+        ridge = _least(self._held_out_error()) if self._sequences > 1 else RIDGES[-1]
+        if self._few:
+            x, error = (
+                torch.cat(each) for each in zip(*(self._rows[0] + self._rows[1]), strict=True)
+            )
+            solved, ridge = _solve(x @ x.T, error, ridge, x.shape[1])
+            return self._weight + solved.T @ x, ridge
         # added up in place: of an 8B model each of them takes 0.8 GB
-        second, cross = self.second[0], self.cross[0]
-        for other, whole in zip((self.second[1], self.cross[1]), (second, cross), strict=True):
-            whole += other
-        self.second.clear()
-        self.cross.clear()
-        step, ridge = _ridge_step(second, cross.sub_(weight @ second), ridge)
-        return weight + step, ridge
-
-    def _choose_ridge(self, weight: Tensor) -> float:
-        """The ridge whose fit on one half of the sequences has the least squared error on the other."""
-        pick = torch.linspace(
-            0, len(weight) - 1, min(RIDGE_ROWS, len(weight)), device=weight.device
+        second, missing = (
+            self._second[0].add_(self._second[1]),
+            self._missing[0].add_(self._missing[1]),
         )
-        some = weight[pick.long()]
-        fitted = self.cross[0][pick.long()] - some @ self.second[0]
-        held_out = self.cross[1][pick.long()] - some @ self.second[1]
+        self._second.clear()
+        self._missing.clear()
+        solved, ridge = _solve(second, missing.T, ridge, len(second))
+        return self._weight + solved.T, ridge
 
-        @cache
-        def error(number: int) -> float:
-            step, _ = _ridge_step(self.second[0], fitted, RIDGES[number])
-            return float(((step @ self.second[1]) * step).sum() - 2 * (held_out * step).sum())
+    def _held_out_error(self) -> Callable[[float], float]:
+        """Return what gives a ridge's squared error on one half of the sequences when fitted on the other."""
+        outputs = len(self._weight)
+        pick = torch.linspace(0, outputs - 1, min(RIDGE_ROWS, outputs), device=self._weight.device)
+        pick = pick.long()
+        if self._few:
+            (x, fitted), (other, held_out) = (
+                (torch.cat([a for a, _ in rows]), torch.cat([e[:, pick] for _, e in rows]))
+                for rows in self._rows
+            )
+            kernel, across = x @ x.T, other @ x.T
+            return lambda ridge: float(
+                (held_out - across @ _solve(kernel, fitted, ridge, x.shape[1])[0]).square().sum()
+            )
+        first, second = self._second
+        fitted, held_out = (each[pick].T for each in self._missing)
 
-        best = len(RIDGES) // 2
-        while True:
-            # the error falls towards one least value; walking there spares half of the factorizations
-            near = [n for n in (best, best - 1, best + 1) if 0 <= n < len(RIDGES)]
-            now, best = best, min(near, key=error)
-            if best == now:
-                return RIDGES[best]
+        def error(ridge: float) -> float:
+            step, _ = _solve(first, fitted, ridge, len(first))
+            return float(((second @ step) * step).sum() - 2 * (held_out * step).sum())
+
+        return error
 
 
-def _ridge_step(second: Tensor, missing: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Solve ``step (H + l d I) = missing`` by Cholesky; the damping is raised while that fails."""
-    scale = float(second.diagonal().mean()) or 1.0
+def _least(error: Callable[[float], float]) -> float:
+    """The ridge of least error, walking from the middle: the error falls towards one least value."""
+    known = cache(error)
+    best = len(RIDGES) // 2
     while True:
-        damped = second.clone()
+        near = [n for n in (best, best - 1, best + 1) if 0 <= n < len(RIDGES)]
+        now, best = best, min(near, key=lambda n: known(RIDGES[n]))
+        if best == now:
+            return RIDGES[best]
+
+
+def _solve(matrix: Tensor, right: Tensor, ridge: float, inputs: int) -> tuple[Tensor, float]:
+    """Solve ``(matrix + ridge d I) x = right`` by Cholesky, d = trace / inputs; while that fails the ridge is raised."""
+    scale = float(matrix.diagonal().sum()) / inputs or 1.0
+    while True:
+        damped = matrix.clone()
         damped.diagonal().add_(ridge * scale)
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
-            del damped
-            return torch.cholesky_solve(missing.T, factor).T, ridge
+            return torch.cholesky_solve(right, factor), ridge
         ridge *= 10
 
 
@@ -218,7 +248,10 @@ class _Layer:
         fixed: Weights,
     ) -> list[Tensor]:
         """Refit one projection into ``fixed``; return its inputs."""
-        moments, inputs = Moments(), []
+        name = f"{OUTPUT[half]}.weight"
+        tokens = sum(hidden.shape[:-1].numel() for hidden in streams.pruned)
+        moments = Moments(self.cut.weights[name].detach().float(), tokens)
+        inputs = []
         bias = self.cut.weights.get(f"{OUTPUT[half]}.bias")
         for n, hidden in enumerate(streams.pruned):
             x = _input_of(self.cut, half, hidden, self.arguments[n], written[n])
@@ -240,8 +273,7 @@ class _Layer:
             weight = 1 / stream.square().mean(-1, keepdim=True).clamp_min(1e-12)
             moments.add(x, wanted, weight)
             inputs.append(x)
-        name = f"{OUTPUT[half]}.weight"
-        fixed[name], _ = moments.refit(self.cut.weights[name].detach().float())
+        fixed[name], _ = moments.refit()
         return inputs
 
 

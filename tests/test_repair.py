@@ -133,12 +133,26 @@ def test_a_damaged_scratch_is_not_used(tmp_path):
 
 
 def test_damping_is_raised_where_the_inputs_say_nothing():
-    moments = Moments()
-    inputs = torch.zeros(4, 5, 6)
-    moments.add(inputs, torch.ones(4, 5, 3), torch.ones(4, 5, 1))
     weight = torch.ones(3, 6)
-    fitted, _ = moments.refit(weight)
-    assert torch.equal(fitted, weight)
+    moments = Moments(weight, 20)
+    moments.add(torch.zeros(4, 5, 6), torch.ones(4, 5, 3), torch.ones(4, 5, 1))
+    assert torch.equal(moments.refit()[0], weight)
+
+
+@pytest.mark.parametrize("tokens", [64, 20])
+def test_few_tokens_are_solved_the_other_way_round_with_the_same_result(tokens):
+    chance = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(tokens // 2, 2, 32, generator=chance), torch.zeros(8, 32)
+    targets = torch.randn(tokens // 2, 2, 8, generator=chance)
+    weights = torch.rand(tokens // 2, 2, 1, generator=chance) + 1
+    found = []
+    for announced in (1, 1000):
+        moments = Moments(weight, announced)
+        moments.add(inputs, targets, weights)
+        found.append(moments.refit())
+    (first, ridge), (second, other) = found
+    assert ridge == other
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
 
 
 def test_a_noisy_target_gets_a_larger_ridge_than_an_exact_one():
@@ -148,9 +162,9 @@ def test_a_noisy_target_gets_a_larger_ridge_than_an_exact_one():
     noise = torch.randn(32, 2, 8, generator=chance)
     ridges = []
     for strength in (0.0, 30.0):
-        moments = Moments()
+        moments = Moments(torch.zeros(8, 32), 64)
         moments.add(inputs, inputs @ truth.T + strength * noise, torch.ones(32, 2, 1))
-        ridges.append(moments.refit(torch.zeros(8, 32))[1])
+        ridges.append(moments.refit()[1])
     assert ridges[0] < ridges[1]
 
 
