@@ -1,10 +1,10 @@
-"""What an iteration of pruning costs, against a plain forward and backward over the same tokens.
+"""What an iteration of pruning and the repair cost, against a plain forward and backward over as many tokens.
 
     python benchmarks/prune_cost.py [--samples 64] [--length 64] [--repeats 3]
 
-Time: the two in turn in one process, A B A B. Memory: the peak of a process of its own for each,
-and of one that only loads the model. ``ideal`` is 6 x parameters x tokens over the speed of this
-machine's own matrix product.
+Time: the three in turn in one process, A B C A B C; the repair is of a model without half of its channels.
+Memory: the peak of a process of its own for each, and of one that only loads the model. ``ideal`` is 6 x
+parameters x tokens over the speed of this machine's own matrix product.
 """
 
 from __future__ import annotations
@@ -14,15 +14,25 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from edgeprune import calibration, machine, sources
+from edgeprune.groups import Kept
 from edgeprune.pruner import Options, PruneRun
+from edgeprune.scratch import Scratch
 from edgeprune.target import Target
+
+NAMES = {
+    "plain": "plain forward and backward",
+    "prune": "one iteration",
+    "repair": "repair with as many tokens",
+}
 
 
 def main() -> None:
@@ -31,8 +41,7 @@ def main() -> None:
         print(json.dumps(alone(options)))
         return
     seconds = in_turn(options)
-    peaks = {what: peak_of_own_process(what) for what in ("load", "plain", "prune")}
-    ratios = [a / b for a, b in zip(seconds["prune"], seconds["plain"], strict=True)]
+    peaks = {what: peak_of_own_process(what) for what in ("load", "plain", "prune", "repair")}
     print(
         f"{options.model}, {options.samples} x {options.length} tokens, {machine.compute_dtype()}, "
         f"{torch.get_num_threads()} threads; median of {options.repeats}\n"
@@ -40,12 +49,14 @@ def main() -> None:
     print("| | seconds | peak memory MB |")
     print("|---|---|---|")
     print(f"| loaded, nothing run | | {peaks['load']:.0f} |")
-    for what, name in (("plain", "plain forward and backward"), ("prune", "one iteration")):
+    for what, name in NAMES.items():
         print(f"| {name} | {statistics.median(seconds[what]):.2f} | {peaks[what]:.0f} |")
     print(f"| ideal | {ideal(options):.2f} | |")
-    print(
-        f"\niteration / plain: {statistics.median(ratios):.2f} (pairs {min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    for what in ("prune", "repair"):
+        ratios = [a / b for a, b in zip(seconds[what], seconds["plain"], strict=True)]
+        print(
+            f"{NAMES[what]} / plain: {statistics.median(ratios):.2f} (pairs {min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 def arguments() -> argparse.Namespace:
@@ -54,14 +65,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--alone", choices=["load", "plain", "prune"], help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=["load", *NAMES], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def in_turn(options: argparse.Namespace) -> dict[str, list[float]]:
-    dense, steps = prepared(options, {"plain", "prune"})
-    del dense
-    seconds: dict[str, list[float]] = {"plain": [], "prune": []}
+    steps = prepared(options, set(NAMES))
+    seconds: dict[str, list[float]] = {what: [] for what in NAMES}
     for turn in range(options.repeats + 1):
         for what, step in steps.items():
             started = time.monotonic()
@@ -71,19 +81,19 @@ def in_turn(options: argparse.Namespace) -> dict[str, list[float]]:
     return seconds
 
 
-def prepared(
-    options: argparse.Namespace, wanted: set[str]
-) -> tuple[Any, dict[str, Callable[[], Any]]]:
+def prepared(options: argparse.Namespace, wanted: set[str]) -> dict[str, Callable[[], Any]]:
     source = sources.resolve(options.model)
     tokenizer = sources.load_tokenizer(source)
     steps: dict[str, Callable[[], Any]] = {}
     if "plain" in wanted:
         steps["plain"] = plain(source, options)
-    dense = None
-    if "prune" in wanted:
+    if wanted & {"prune", "repair"}:
         dense = sources.load_model(source)
-        steps["prune"] = iteration(dense, tokenizer, options)
-    return dense, steps
+        if "prune" in wanted:
+            steps["prune"] = iteration(dense, tokenizer, options)
+        if "repair" in wanted:
+            steps["repair"] = repair(dense, tokenizer, options)
+    return steps
 
 
 def plain(source: sources.Source, options: argparse.Namespace) -> Callable[[], None]:
@@ -99,11 +109,34 @@ def plain(source: sources.Source, options: argparse.Namespace) -> Callable[[], N
 
 def iteration(dense: Any, tokenizer: Any, options: argparse.Namespace) -> Callable[[], None]:
     """One whole iteration, as ``prune`` makes it: draw, measure, decide, cut."""
-    corpus = calibration.read_calibration("builtin")
-    chosen = Options(iterations=10_000, samples=options.samples, length=options.length)
-    run = PruneRun.plan(dense.config, chosen, Target.of(dense.config, 0.3, None, None, "int4"))
-    steps = run.steps(dense, tokenizer, corpus)
+    run = planned(dense, options)
+    steps = run.steps(dense, tokenizer, calibration.read_calibration("builtin"))
     return lambda: next(steps)
+
+
+def repair(dense: Any, tokenizer: Any, options: argparse.Namespace) -> Callable[[], None]:
+    run = planned(dense, options)
+    run.kept = [
+        Kept(torch.arange(g.count["attention"]), torch.arange(0, g.count["mlp"], 2))
+        for g in run.groups
+    ]
+    corpus = calibration.read_calibration("builtin")
+
+    def step() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            run.repair(dense, tokenizer, corpus, Scratch(Path(folder), "benchmark"))
+
+    return step
+
+
+def planned(dense: Any, options: argparse.Namespace) -> PruneRun:
+    chosen = Options(
+        iterations=10_000,
+        samples=options.samples,
+        length=options.length,
+        repair_samples=options.samples,
+    )
+    return PruneRun.plan(dense.config, chosen, Target.of(dense.config, 0.3, None, None, "int4"))
 
 
 def alone(options: argparse.Namespace) -> float:
@@ -111,8 +144,7 @@ def alone(options: argparse.Namespace) -> float:
     if options.alone == "load":
         sources.load_model(sources.resolve(options.model), dtype=machine.compute_dtype())
     else:
-        _, steps = prepared(options, {options.alone})
-        for step in steps.values():
+        for step in prepared(options, {options.alone}).values():
             step()
     return peak_memory() / 1e6
 

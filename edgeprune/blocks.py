@@ -83,7 +83,7 @@ class Waiting:
         places = []
         for tensor in tensors:
             places.append((self._file.seek(0, 2), tensor.shape, tensor.dtype))
-            self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         self._stack.append(places)
 
     def pop(self) -> list[Tensor]:

@@ -33,7 +33,7 @@ from edgeprune.budget import (
 )
 from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Note, Progress, PruneIteration, ignore
-from edgeprune.families import Half
+from edgeprune.families import Half, family_of
 from edgeprune.groups import HALVES, Kept, LayerGroups, cut, describe_layers, pruned_config
 from edgeprune.importance import (
     ElementMeasure,
@@ -44,7 +44,7 @@ from edgeprune.importance import (
 )
 from edgeprune.layers import CutLayers, skeleton, whole
 from edgeprune.nonuniform import class_for
-from edgeprune.repair import repair
+from edgeprune.repair import kept_columns, repair
 from edgeprune.scratch import Scratch
 from edgeprune.target import Target
 
@@ -73,8 +73,8 @@ class Pace:
 # From the table of quality and time in benchmarks/RESULTS.md.
 EFFORTS: dict[Effort, Pace] = {
     "quick": Pace(10, 64, 256),
-    "balanced": Pace(25, 64, 1024),
-    "best": Pace(50, 128, 4096),
+    "balanced": Pace(25, 64, 512),
+    "best": Pace(25, 64, 2048),
 }
 # Equation 6's A is a share of a layer for each iteration; the tilt of ``adapt`` is for the whole run, relative to the
 # average sparsity, so that it does not depend on how many iterations there are.
@@ -226,7 +226,7 @@ def prune(
     with _opened(source, streamed, emit) as dense, _scratch(output, state, what) as scratch:
         if state is not None and state.is_file():
             run.load(state, what, emit)
-        run.hold = budget // 4
+        run.room = budget // 4
         for step in run.steps(dense, tokenizer, corpus, emit, streamed=streamed):
             if state is not None:
                 run.save(state, what)
@@ -329,8 +329,8 @@ class PruneRun:
     planned: list[float]
     losses: list[float]
     weight: float = 0.0
-    # bytes of residual streams to hold in memory; more go to a file
-    hold: int | None = None
+    # bytes that activations may take in memory; None: any number
+    room: int | None = None
 
     @staticmethod
     def plan(config: Any, options: Options, target: Target) -> PruneRun:
@@ -418,7 +418,7 @@ class PruneRun:
                 Ends(dense, dtype, device),
                 _micro_batch(options),
                 recompute=streamed,
-                hold=self.hold,
+                hold=self.room,
             )
             for iteration in range(len(self.losses) + 1, options.iterations + 1):
                 started = time.monotonic()
@@ -439,23 +439,26 @@ class PruneRun:
         emit: Emit = ignore,
     ) -> None:
         """Refit the output projections of what is kept to what the dense layers wrote, into ``scratch``."""
-        options = self.options
+        options, config = self.options, dense.config
         device, dtype = machine.pick_device(), machine.compute_dtype()
-        tokens = corpus.draw(
-            tokenizer, options.repair_samples, options.length, f"{options.seed}-repair"
-        )
+        samples = self._repair_samples(config, emit)
+        tokens = corpus.draw(tokenizer, samples, options.length, f"{options.seed}-repair")
+        family, everything = family_of(config), [g.everything() for g in self.groups]
         with _attention(dense, options.length):
             cut_layers, whole_layers = (
                 CutLayers(dense, self.groups, kept, dtype, device, streamed=True)
-                for kept in (self.kept, [g.everything() for g in self.groups])
+                for kept in (self.kept, everything)
             )
             steps = repair(
                 Ends(dense, dtype, device),
                 list(tokens.split(_micro_batch(options))),
                 whole_layers.block,
                 cut_layers.block,
-                len(self.groups),
-                scratch.streams(),
+                [
+                    kept_columns(family, g, k, device)
+                    for g, k in zip(self.groups, self.kept, strict=True)
+                ],
+                scratch.streams(samples),
             )
             for fixed, streams in steps:
                 scratch.keep(fixed, streams, dense.dtype)
@@ -468,6 +471,20 @@ class PruneRun:
                         note="repair",
                     )
                 )
+
+    def _repair_samples(self, config: Any, emit: Emit) -> int:
+        """As many sequences as were asked for, or what their activations leave room for."""
+        wanted = self.options.repair_samples
+        if self.room is None:
+            return wanted
+        widest = max(g.count["mlp"] for g in self.groups)
+        # of each token: two residual streams, what the projections write on both, and their inputs
+        sequence = self.options.length * 2 * (6 * config.hidden_size + widest)
+        most = max(2, self.room // sequence)
+        if most < wanted:
+            text = f"repairing with {most} sequences instead of {wanted}: more do not fit in the memory budget"
+            emit(Note(text=text, level="warning"))
+        return min(wanted, most)
 
     def _measure(
         self, walk: Pass, layers: CutLayers, tokens: Tensor, iteration: int, emit: Emit

@@ -20,7 +20,7 @@ Layers are repaired in order, each on the activations that the repaired layers b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,8 +30,10 @@ import torch
 from torch import Tensor
 
 from edgeprune.blocks import Block, Ends, Weights
-from edgeprune.families import Half, residual_scale
-from edgeprune.groups import HALVES
+from edgeprune.families import Family, Half, residual_scale
+from edgeprune.groups import HALVES, Kept, LayerGroups, part_index
+
+Columns = dict[Half, Tensor]
 
 OUTPUT: dict[Half, str] = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 # Share of the residual stream's error that a projection is asked to make up for; 0, 0.3, 0.6 and 1 were tried.
@@ -142,7 +144,7 @@ def _least(error: Callable[[float], float]) -> float:
 
 
 def _solve(matrix: Tensor, right: Tensor, ridge: float, inputs: int) -> tuple[Tensor, float]:
-    """Solve ``(matrix + ridge d I) x = right`` by Cholesky, d = trace / inputs; while that fails the ridge is raised."""
+    """Solve ``(matrix + ridge d I) x = right`` by Cholesky, d = trace / inputs; the ridge is raised if that fails."""
     scale = float(matrix.diagonal().sum()) / inputs or 1.0
     while True:
         damped = matrix.clone()
@@ -152,6 +154,17 @@ def _solve(matrix: Tensor, right: Tensor, ridge: float, inputs: int) -> tuple[Te
         if not int(failed):
             return torch.cholesky_solve(right, factor), ridge
         ridge *= 10
+
+
+def kept_columns(family: Family, groups: LayerGroups, kept: Kept, device: torch.device) -> Columns:
+    """Return which inputs of a layer's dense output projections are kept, where they are what they were in it."""
+    found: Columns = {}
+    for half in HALVES:
+        # a norm over all heads together gives other values when some are gone
+        if not (half == "attention" and family.wide_qk_norm) and groups.count[half]:
+            index = part_index(groups.parts[half], kept.of(half))
+            found[half] = index[f"{OUTPUT[half]}.weight", 1].to(device)
+    return found
 
 
 @dataclass
@@ -168,7 +181,7 @@ def repair(
     batches: list[Tensor],
     dense_block: Callable[[int], Block],
     cut_block: Callable[[int], Block],
-    layers: int,
+    columns: Sequence[Columns],
     streams: Streams | None = None,
 ) -> Iterator[tuple[Weights, Streams]]:
     """Repair layer after layer: yield the new output projections of each, float32, and where the work stands.
@@ -178,7 +191,7 @@ def repair(
         batches: token ids, (sequences, length) each.
         dense_block: gives a whole decoder layer.
         cut_block: gives it cut to what is kept.
-        layers: how many there are.
+        columns: of each layer, the inputs of the dense projections that are kept (``kept_columns``).
         streams: go on from here.
     """
     with torch.no_grad():
@@ -189,8 +202,10 @@ def repair(
             streams = Streams(0, first, first)
         del started
         scale = residual_scale(ends.model.config)
-        for i in range(streams.layer, layers):
-            one = _Layer(cut_block(i), dense_block(i), [each[i] for each in arguments], scale)
+        for i in range(streams.layer, len(columns)):
+            one = _Layer(
+                cut_block(i), dense_block(i), [each[i] for each in arguments], scale, columns[i]
+            )
             fixed, streams = one.run(streams)
             yield fixed, streams
 
@@ -201,12 +216,17 @@ class _Enough(Exception):
 
 @dataclass
 class _Layer:
-    """The repair of one decoder layer. Every projection's input is computed once for each of the streams."""
+    """The repair of one decoder layer.
+
+    ``columns[half]`` are the dense projection's inputs that are kept, where cutting leaves them as they were; they are
+    then taken from the dense layer's run, which is needed anyway.
+    """
 
     cut: Block
     dense: Block
     arguments: list[dict[str, Any]]
     scale: float | None
+    columns: Columns
 
     def run(self, streams: Streams) -> tuple[Weights, Streams]:
         goals, after = self._goals(streams)
@@ -254,8 +274,12 @@ class _Layer:
         inputs = []
         bias = self.cut.weights.get(f"{OUTPUT[half]}.bias")
         for n, hidden in enumerate(streams.pruned):
-            x = _input_of(self.cut, half, hidden, self.arguments[n], written[n])
-            wanted = _output_of(self.dense, half, hidden, self.arguments[n], written[n]).float()
+            x, wrote = _projection(self.dense, half, hidden, self.arguments[n], written[n])
+            if half in self.columns:
+                x = x.index_select(-1, self.columns[half])
+            else:
+                x, _ = _projection(self.cut, half, hidden, self.arguments[n], written[n])
+            wanted = wrote.float()
             stream = hidden.float()
             if self.scale is None:
                 stream = wanted  # a norm of its own reads what is written
@@ -297,42 +321,20 @@ def _outputs(block: Block) -> Iterator[dict[Half, Tensor]]:
             hook.remove()
 
 
-def _input_of(
+def _projection(
     block: Block, half: Half, hidden: Tensor, arguments: dict[str, Any], known: dict[Half, Tensor]
-) -> Tensor:
-    """Return what a projection reads, (batch, length, inputs); ``known`` halves are not computed again."""
-    found: list[Tensor] = []
+) -> tuple[Tensor, Tensor]:
+    """Return what a projection reads, (batch, length, inputs), and writes, (batch, length, hidden size).
 
-    def catch(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0])
-        raise _Enough
+    ``known`` halves are not computed again, and nothing is that comes behind.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
 
-    hook = block.module.get_submodule(OUTPUT[half]).register_forward_pre_hook(catch)
-    return _caught(hook, found, block, hidden, arguments, known)
-
-
-def _output_of(
-    block: Block, half: Half, hidden: Tensor, arguments: dict[str, Any], known: dict[Half, Tensor]
-) -> Tensor:
-    """Return what a projection writes, (batch, length, hidden size)."""
-    found: list[Tensor] = []
-
-    def catch(_module: Any, _inputs: Any, output: Tensor) -> None:
-        found.append(output)
+    def catch(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append((inputs[0], output))
         raise _Enough
 
     hook = block.module.get_submodule(OUTPUT[half]).register_forward_hook(catch)
-    return _caught(hook, found, block, hidden, arguments, known)
-
-
-def _caught(
-    hook: Any,
-    found: list[Tensor],
-    block: Block,
-    hidden: Tensor,
-    arguments: dict[str, Any],
-    known: dict[Half, Tensor],
-) -> Tensor:
     try:
         _forward(block, hidden, arguments, known)
     except _Enough:

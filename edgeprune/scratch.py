@@ -27,8 +27,8 @@ class Scratch:
         self._saved = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def streams(self) -> Streams | None:
-        """Where the work of an earlier process stands; None if there is none or it cannot be read."""
+    def streams(self, sequences: int) -> Streams | None:
+        """Where an earlier process on as many sequences stands; None if there was none or its file is unreadable."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -44,6 +44,7 @@ class Scratch:
         except (SafetensorError, OSError):
             return None
         whole = all(self._of(i).is_file() for i in range(layer))
+        whole &= sum(len(each) for each in pruned) == sequences
         return Streams(layer, pruned, dense) if whole else None
 
     def keep(self, fixed: Weights, streams: Streams, dtype: torch.dtype) -> None:

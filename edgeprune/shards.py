@@ -89,7 +89,7 @@ class Writer:
         if count == 1:
             self._part(0).replace(self._folder / SINGLE)
             return
-        where = {}
+        where: dict[str, str] = {}
         for number, header in enumerate(self._headers):
             name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._part(number).replace(self._folder / name)

@@ -40,7 +40,7 @@ class Deferred:
     def tofile(self, file: BinaryIO) -> None:
         """Write the bytes of the values."""
         for piece in self.pieces():
-            file.write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))
+            file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def numpy(self) -> Any:
         """Return all values at once."""

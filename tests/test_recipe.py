@@ -22,7 +22,7 @@ def errors_of(text):
 def test_the_smallest_recipe_has_the_documented_defaults():
     read = recipe.parse_toml(SMALLEST)
     assert read.target() == {"sparsity": 0.3}
-    assert (read.prune.iterations, read.prune.samples, read.prune.length) == (50, 512, 64)
+    assert (read.prune.iterations, read.prune.samples, read.prune.length) == (None, None, 64)
     assert read.prune.amplitude == 0.02
     assert read.export.formats == ["onnx"]
     assert read.export.precision == "int4"
@@ -62,7 +62,7 @@ def test_every_error_is_told_at_once_with_its_path_and_the_nearest_known_key():
     assert told["source.model"] == "missing"
     assert told["prune.sparcity"] == "unknown key; did you mean sparsity?"
     assert told["prune.sparsity"] == "must be less than 1, not 1.4"
-    assert told["prune.method"] == "must be 'adapt' or 'uniform', not 'adept'"
+    assert told["prune.method"] == "must be 'adapt', 'adapt-pruner' or 'uniform', not 'adept'"
     assert "integer" in told["prune.iterations"]
     assert "'int4'" in told["export.precision"]
     assert told["profle"] == "unknown key; did you mean profile?"

@@ -8,10 +8,11 @@ import torch
 import edgeprune
 from edgeprune import machine, pruner
 from edgeprune.blocks import Ends, Waiting
+from edgeprune.families import family_of
 from edgeprune.groups import Kept, describe_layers
 from edgeprune.importance import ranked
 from edgeprune.layers import CutLayers
-from edgeprune.repair import OUTPUT, Moments, repair
+from edgeprune.repair import OUTPUT, Moments, kept_columns, repair
 from edgeprune.scratch import Scratch
 from tests import tiny
 
@@ -44,7 +45,9 @@ def repaired(model, kept, tokens, micro_batch=8, streams=None):
     )
     ends = Ends(model, torch.float32, CPU)
     batches = list(tokens.split(micro_batch))
-    found = list(repair(ends, batches, whole.block, cut.block, len(groups), streams))
+    family = family_of(model.config)
+    columns = [kept_columns(family, g, k, CPU) for g, k in zip(groups, kept, strict=True)]
+    found = list(repair(ends, batches, whole.block, cut.block, columns, streams))
     return [fixed for fixed, _ in found], found
 
 
@@ -120,16 +123,31 @@ def test_a_repair_goes_on_where_it_was(tmp_path, monkeypatch):
         scratch = Scratch(tmp_path / str(stopped_after), "this")
         for fixed, streams in steps[: stopped_after + 1]:
             scratch.keep(fixed, streams, torch.float32)
-        assert Scratch(tmp_path / str(stopped_after), "other").streams() is None
-        rest, _ = repaired(model, kept, tokens, streams=scratch.streams())
+        assert Scratch(tmp_path / str(stopped_after), "other").streams(16) is None
+        rest, _ = repaired(model, kept, tokens, streams=scratch.streams(16))
         again = [scratch.fixed(i) for i in range(stopped_after + 1)] + rest
         for a, b in zip(whole, again, strict=True):
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_few_repair_samples_are_taken_where_more_do_not_fit(tmp_path):
+    source = tiny.save("llama", tmp_path / "dense")
+    notes = []
+    wanted = {"sparsity": 0.4, "iterations": 1, "samples": 8, "length": 16, "width_multiple": 8}
+    pruner.prune(
+        source,
+        tmp_path / "p",
+        repair_samples=1000,
+        memory_budget=1_000_000,
+        emit=notes.append,
+        **wanted,
+    )
+    assert any("instead of 1000" in getattr(note, "text", "") for note in notes)
+
+
 def test_a_damaged_scratch_is_not_used(tmp_path):
     (tmp_path / "streams.safetensors").write_bytes(b"half of it")
-    assert Scratch(tmp_path, "this").streams() is None
+    assert Scratch(tmp_path, "this").streams(16) is None
 
 
 def test_damping_is_raised_where_the_inputs_say_nothing():

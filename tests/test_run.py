@@ -352,7 +352,13 @@ def tiny_recipe(tmp_path_factory):
     return recipes.parse(
         {
             "source": {"model": str(folder)},
-            "prune": {"sparsity": 0.3, "iterations": 3, "samples": 4, "length": 16},
+            "prune": {
+                "sparsity": 0.3,
+                "iterations": 3,
+                "samples": 4,
+                "repair_samples": 4,
+                "length": 16,
+            },
             "profile": {"prompt": 8, "generate": 4, "repeats": 2, "threads": 1},
             "evaluate": {"window": 64, "max_tokens": 500},
         }
