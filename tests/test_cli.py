@@ -25,19 +25,17 @@ from edgeprune.__main__ import main
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted
 
 COMMANDS = ("prune", "inspect", "ppl", "export", "profile", "run", "demo", "doctor")
-QUICK = tuple(
-    [
-        "--sparsity",
-        "0.4",
-        "--iterations",
-        "2",
-        "--samples",
-        "4",
-        "--repair-samples",
-        "4",
-        "--length",
-        "16",
-    ]
+QUICK = (
+    "--sparsity",
+    "0.4",
+    "--iterations",
+    "2",
+    "--samples",
+    "4",
+    "--repair-samples",
+    "4",
+    "--length",
+    "16",
 )
 
 
