@@ -23,7 +23,8 @@ def test_the_smallest_recipe_has_the_documented_defaults():
     read = recipe.parse_toml(SMALLEST)
     assert read.target() == {"sparsity": 0.3}
     assert (read.prune.iterations, read.prune.samples, read.prune.length) == (None, None, 64)
-    assert read.prune.amplitude == 0.02
+    assert read.prune.effort == "balanced"
+    assert read.prune.amplitude is None
     assert read.export.formats == ["onnx"]
     assert read.export.precision == "int4"
 
