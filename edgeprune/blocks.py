@@ -15,8 +15,7 @@ Two orders give the same figures:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -139,10 +138,8 @@ class Ends:
         Args:
             tokens: token ids, (batch, length).
         """
-        recorded: list[dict[str, Any]] = []
-        first: list[Tensor] = []
         layers = self.model.model.layers
-        with torch.no_grad(), _replaced_forward(layers, first, recorded):
+        with torch.no_grad(), mapped.recorded_calls(layers) as (first, recorded):
             self.model.model(input_ids=tokens.to(self.model.device), use_cache=False)
         return self._moved(first[0]), [self._moved(arguments) for arguments in recorded]
 
@@ -191,26 +188,6 @@ class Ends:
 
 def _moved(value: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
     return None if value is None else value.detach().to(device, dtype)
-
-
-@contextmanager
-def _replaced_forward(
-    layers: nn.ModuleList, first: list[Tensor], recorded: list[dict[str, Any]]
-) -> Iterator[None]:
-    """Let the layers record what the model calls them with instead of computing."""
-
-    def record(hidden: Tensor, **arguments: Any) -> Tensor:
-        first.append(hidden)
-        recorded.append(arguments)
-        return hidden
-
-    try:
-        for layer in layers:
-            layer.forward = record
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
 
 
 @dataclass
