@@ -1,7 +1,7 @@
 """Prune a model larger than the memory budget: one iteration, the repair and the final write.
 
-    python benchmarks/make_big.py /tmp/llama8b
-    python benchmarks/big_prune.py /tmp/llama8b [--memory-budget 6GB] [--samples 64] [--repair-samples 64]
+    python benchmarks/make_big.py llama8b
+    python benchmarks/big_prune.py llama8b [--memory-budget 6GB] [--samples 64] [--repair-samples 64]
 
 Runs the pruning in a process of its own; prints its peak resident memory (mapped files included) and its
 seconds against the floor: 6 x parameters x tokens over this machine's own bf16 matrix speed, plus the bytes

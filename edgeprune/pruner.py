@@ -70,7 +70,7 @@ class Pace:
     repair_samples: int
 
 
-# From the table of quality and time in benchmarks/RESULTS.md.
+# Only ``best`` is measured so far (benchmarks/RESULTS.md); the other two are guesses at a half and a third of its time.
 EFFORTS: dict[Effort, Pace] = {
     "quick": Pace(10, 64, 128),
     "balanced": Pace(25, 64, 256),
