@@ -72,7 +72,9 @@ def alone(options: argparse.Namespace) -> dict[str, object]:
 
     def listen(event: Event) -> None:
         if isinstance(event, Progress):
-            name = {"layer passes": "iteration", "layers repaired": "repair"}.get(event.unit, "opening")
+            name = {"layer passes": "iteration", "layers repaired": "repair"}.get(
+                event.unit, "opening"
+            )
             marks.setdefault(f"{name} begins", time.monotonic())
             marks[f"{name} ends"] = time.monotonic()
             print(f"\r{name} {event.done}/{event.total} ", end="", file=sys.stderr)
