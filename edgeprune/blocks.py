@@ -9,15 +9,15 @@ Two orders give the same figures:
 - *resident*: all layers forward and backward for one micro batch after the other; nothing is computed twice, and the
   gradients of all layers are held in float32.
 - *recompute*: one layer after the other for all micro batches; only the layers' inputs are held, and each layer runs
-  forward a second time before its backward.
+  forward a second time before its backward. It can go on after any layer (``waiting``).
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from edgeprune import mapped
 from edgeprune.families import logits_divisor
+from edgeprune.waiting import Mark, Waiting
 
 # Short sequences run faster through plain matrix products than through fused CPU attention kernels (1.5 x at 64).
 EAGER_UP_TO = 256
@@ -54,48 +55,6 @@ class Block:
         return first, dict(zip(names, rest, strict=True))
 
 
-class Waiting:
-    """A stack of lists of tensors, in memory up to ``hold`` bytes (None: all) and beyond that in a temporary file."""
-
-    def __init__(self, hold: int | None) -> None:
-        self._room = hold
-        self._stack: list[list[Tensor] | list[tuple[int, torch.Size, torch.dtype]]] = []
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> Waiting:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def push(self, tensors: list[Tensor]) -> None:
-        """Put a list on top. The tensors must not change afterwards."""
-        size = sum(t.nbytes for t in tensors)
-        if self._room is None or size <= self._room:
-            if self._room is not None:
-                self._room -= size
-            self._stack.append(list(tensors))
-            return
-        if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
-        places = []
-        for tensor in tensors:
-            places.append((self._file.seek(0, 2), tensor.shape, tensor.dtype))
-            self._file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        self._stack.append(places)
-
-    def pop(self) -> list[Tensor]:
-        """Take the list on top."""
-        return [t if isinstance(t, Tensor) else self._read(*t) for t in self._stack.pop()]
-
-    def _read(self, place: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        assert self._file is not None
-        self._file.seek(place)
-        size = shape.numel() * dtype.itemsize
-        return torch.frombuffer(bytearray(self._file.read(size)), dtype=dtype).view(shape)
-
-
 class Layers(Protocol):
     """Where the pass gets its blocks from."""
 
@@ -107,14 +66,26 @@ class Layers(Protocol):
 
 
 class Watcher(Protocol):
-    """What the pass reports to. All methods are called once a layer and micro batch, or once a layer."""
+    """What the pass reports to. ``boundary`` and ``listening`` are called once a layer and micro batch."""
 
     def boundary(self, index: int, before: Tensor, after: Tensor) -> None:
         """Input and output of layer ``index``, (batch, length, hidden size)."""
         ...
 
+    def listening(self, index: int, block: Block) -> AbstractContextManager[None]:
+        """Held while layer ``index`` runs forward with gradients."""
+        ...
+
     def gradients(self, index: int, block: Block, gradients: Weights) -> None:
-        """Gradients of layer ``index`` summed over all micro batches, float32."""
+        """Gradients of layer ``index`` summed over all micro batches, float32; theirs to overwrite."""
+        ...
+
+    def figures(self) -> Weights:
+        """All that was found so far."""
+        ...
+
+    def restore(self, figures: Weights) -> None:
+        """Go on from what ``figures`` gave."""
         ...
 
 
@@ -199,37 +170,42 @@ class Pass:
         ends: what lies before and after them.
         micro_batch: sequences at a time.
         recompute: walk layer by layer instead of micro batch by micro batch (see the module's text).
-        hold: bytes of layer inputs to hold in memory when recomputing; what is beyond waits in a file.
     """
 
     layers: Layers
     ends: Ends
     micro_batch: int
     recompute: bool = False
-    hold: int | None = None
     _sums: dict[int, Weights] = field(default_factory=dict)
 
     def run(
-        self, tokens: Tensor, watcher: Watcher, tick: Callable[[int], None] = lambda _done: None
+        self,
+        tokens: Tensor,
+        watcher: Watcher,
+        tick: Callable[[int], None] = lambda _done: None,
+        waiting: Waiting | None = None,
     ) -> float:
         """Run over ``tokens`` (sequences, length) and return the mean next-token loss (nats).
 
-        ``tick`` is told how many of the ``2 * layers * micro batches`` steps are done.
+        ``tick`` is told how many of the ``2 * layers * micro batches`` steps are done. When recomputing, the layers'
+        inputs are held in ``waiting``, by default in memory, and the pass goes on from where that stands.
         """
         self._done, self._tick, self._scale = 0, tick, tokens[:, 1:].numel()
+        self._sums = {}
         batches = list(tokens.split(self.micro_batch))
-        order = self._layer_by_layer if self.recompute else self._batch_by_batch
-        return order(batches, watcher) / self._scale
+        if self.recompute:
+            return self._layer_by_layer(batches, watcher, waiting or Waiting()) / self._scale
+        return self._batch_by_batch(batches, watcher) / self._scale
 
     def _batch_by_batch(self, batches: list[Tensor], watcher: Watcher) -> float:
-        self._sums = {}
         total = 0.0
         for number, tokens in enumerate(batches, start=1):
             hidden, arguments = self.ends.start(tokens)
             trail: list[tuple[Tensor, Tensor]] = []
             for i in range(len(self.layers)):
                 hidden = hidden.detach().requires_grad_()
-                out = self.layers.block(i)(hidden, arguments[i])
+                with watcher.listening(i, self.layers.block(i)):
+                    out = self.layers.block(i)(hidden, arguments[i])
                 watcher.boundary(i, hidden.detach(), out.detach())
                 trail.append((hidden, out))
                 hidden = out
@@ -243,43 +219,67 @@ class Pass:
                     watcher.gradients(i, self.layers.block(i), self._finish(i))
         return total
 
-    def _layer_by_layer(self, batches: list[Tensor], watcher: Watcher) -> float:
-        self._sums = {}
+    def _layer_by_layer(self, batches: list[Tensor], watcher: Watcher, waiting: Waiting) -> float:
+        layers = len(self.layers)
         started = [self.ends.start(tokens) for tokens in batches]
         arguments = [a for _, a in started]
-        hidden = [h for h, _ in started]
+        mark = waiting.resume() or Mark(0, [h for h, _ in started])
         del started
-        with Waiting(self.hold) as inputs, torch.no_grad():
-            for i in range(len(self.layers)):
-                inputs.push(hidden)
-                block = self.layers.block(i)
-                for n, before in enumerate(hidden):
-                    after = block(before, arguments[n][i])
-                    watcher.boundary(i, before, after)
-                    hidden[n] = after
-                    self._step()
-            total = 0.0
-            with torch.enable_grad():
-                for n, tokens in enumerate(batches):
-                    loss, hidden[n] = self.ends.loss(hidden[n], tokens)
-                    total += loss
-                self.ends.release()
-                self._layers_back(hidden, inputs, arguments, watcher)
-        return total
+        mark.streams = [each.to(self.ends.device) for each in mark.streams]
+        if mark.done:
+            watcher.restore(mark.figures)
+            self._done = mark.done * len(batches)
+        for i in range(mark.done, layers):
+            waiting.push(mark.streams)
+            self._layer_forward(i, mark.streams, arguments, watcher)
+            self._stand(mark, watcher, waiting)
+        if mark.done == layers:
+            for n, tokens in enumerate(batches):
+                loss, mark.streams[n] = self.ends.loss(mark.streams[n], tokens)
+                mark.loss += loss
+            self.ends.release()
+        for i in reversed(range(2 * layers - mark.done)):
+            self._layer_back(i, mark.streams, waiting.pop(), arguments, watcher)
+            self._stand(mark, watcher, waiting)
+        return mark.loss
 
-    def _layers_back(
+    @torch.no_grad()
+    def _layer_forward(
         self,
-        gradients: list[Tensor],
-        inputs: Waiting,
+        index: int,
+        streams: list[Tensor],
         arguments: list[list[dict[str, Any]]],
         watcher: Watcher,
     ) -> None:
-        for i in reversed(range(len(self.layers))):
-            for n, hidden in enumerate(inputs.pop()):
-                before = hidden.detach().requires_grad_()
-                out = self.layers.block(i)(before, arguments[n][i])
-                gradients[n] = self._back(i, before, out, gradients[n])
-            watcher.gradients(i, self.layers.block(i), self._finish(i))
+        block = self.layers.block(index)
+        for n, before in enumerate(streams):
+            streams[n] = block(before, arguments[n][index])
+            watcher.boundary(index, before, streams[n])
+            self._step()
+
+    def _layer_back(
+        self,
+        index: int,
+        gradients: list[Tensor],
+        inputs: list[Tensor],
+        arguments: list[list[dict[str, Any]]],
+        watcher: Watcher,
+    ) -> None:
+        block = self.layers.block(index)
+        for n, hidden in enumerate(inputs):
+            before = hidden.to(self.ends.device).detach().requires_grad_()
+            with watcher.listening(index, block):
+                out = block(before, arguments[n][index])
+            gradients[n] = self._back(index, before, out, gradients[n])
+        watcher.gradients(index, block, self._finish(index))
+
+    @staticmethod
+    def _stand(mark: Mark, watcher: Watcher, waiting: Waiting) -> None:
+        """One layer more is done."""
+        mark.done += 1
+        if waiting.due():
+            mark.figures = watcher.figures()
+            waiting.keep(mark)
 
     def _back(self, index: int, before: Tensor, out: Tensor, gradient: Tensor) -> Tensor:
         result, found = self.layers.block(index).backward(out, before, gradient)

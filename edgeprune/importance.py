@@ -7,7 +7,8 @@ here (``h // (heads / kv_heads)`` follows from the parts in ``families``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from edgeprune.blocks import Block, Layers, Weights
+from edgeprune.blocks import Block, Weights
 from edgeprune.families import Half
 from edgeprune.groups import HALVES, Kept, LayerGroups, sum_by_group
 
@@ -74,28 +75,32 @@ class ImportanceWatcher:
     def __post_init__(self) -> None:
         self.by_layer = [0.0] * len(self.groups)
         self.by_group = {half: [torch.empty(0)] * len(self.groups) for half in HALVES}
+        self._inputs: list[dict[Half, Tensor]] = [{} for _ in self.groups]
 
     def boundary(self, index: int, before: Tensor, after: Tensor) -> None:
         """Add one micro batch to the layer's importance."""
         self.by_layer[index] += change(before, after, self.layer_measure)
 
-    def listen(self, layers: Layers) -> None:
-        """Hear the inputs of the output projections too; only the ``activation`` measure needs them."""
-        self._inputs: list[dict[Half, Tensor]] = [{} for _ in self.groups]
-        for i in range(len(layers)):
-            module = layers.block(i).module
+    @contextmanager
+    def listening(self, index: int, block: Block) -> Iterator[None]:
+        """Hear the inputs of the layer's output projections; only the ``activation`` measure needs them."""
+        hooks = []
+        if self.element_measure == "activation":
             for half in HALVES:
-                if len(self.kept[i].of(half)):
-                    projection = module.get_submodule(OUTPUT[half])
-                    projection.register_forward_pre_hook(self._hearer(i, half))
+                if len(self.kept[index].of(half)):
+                    projection = block.module.get_submodule(OUTPUT[half])
+                    hooks.append(projection.register_forward_pre_hook(self._hearer(index, half)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _hearer(self, index: int, half: Half) -> Callable[[Any, tuple[Tensor, ...]], None]:
         def hear(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-            # every order of the pass runs each layer once with gradients; count that one only
-            if torch.is_grad_enabled():
-                size = inputs[0].detach().float().abs().flatten(0, -2).sum(0)
-                heard = self._inputs[index]
-                heard[half] = heard[half] + size if half in heard else size
+            size = inputs[0].detach().float().abs().flatten(0, -2).sum(0)
+            heard = self._inputs[index]
+            heard[half] = heard[half] + size if half in heard else size
 
         return hear
 
@@ -113,6 +118,22 @@ class ImportanceWatcher:
                 self.groups[index].count[half],
                 len(self.kept[index].of(half)),
             )
+
+    def figures(self) -> Weights:
+        """Return all that was measured so far, for ``restore``; layers are whole or not in it."""
+        found = {"by_layer": torch.tensor(self.by_layer, dtype=torch.float64)}
+        for half in HALVES:
+            found |= {
+                f"{half}.{i}": each for i, each in enumerate(self.by_group[half]) if len(each)
+            }
+        return found
+
+    def restore(self, figures: Weights) -> None:
+        """Go on from what ``figures`` gave."""
+        self.by_layer = figures["by_layer"].tolist()
+        for half in HALVES:
+            for i in range(len(self.groups)):
+                self.by_group[half][i] = figures.get(f"{half}.{i}", self.by_group[half][i])
 
     @torch.no_grad()
     def _activation_scores(self, index: int, block: Block) -> Weights:

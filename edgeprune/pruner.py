@@ -6,6 +6,7 @@ iteration cuts the source weights to that, and so does the end. A run that was k
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import calibration as texts
-from edgeprune import checkpoint, machine, mapped, sources
+from edgeprune import checkpoint, machine, mapped, sources, tensor_files
 from edgeprune.blocks import EAGER_UP_TO, Ends, Pass, Weights
 from edgeprune.budget import (
     LayerChoice,
@@ -47,6 +48,7 @@ from edgeprune.nonuniform import class_for
 from edgeprune.repair import kept_columns, repair
 from edgeprune.scratch import Scratch
 from edgeprune.target import Target
+from edgeprune.waiting import Waiting
 
 Method = Literal["adapt", "adapt-pruner", "uniform"]
 Effort = Literal["quick", "balanced", "best"]
@@ -227,7 +229,7 @@ def prune(
         if state is not None and state.is_file():
             run.load(state, what, emit)
         run.room = budget // 4
-        for step in run.steps(dense, tokenizer, corpus, emit, streamed=streamed):
+        for step in run.steps(dense, tokenizer, corpus, emit, scratch if streamed else None):
             if state is not None:
                 run.save(state, what)
             emit(step)
@@ -273,20 +275,22 @@ def _opened(source: sources.Source, streamed: bool, emit: Emit) -> Iterator[Any]
 
 
 def _scratch_folder(state: Path) -> Path:
-    return state.with_name(state.name + ".repair")
+    return state.with_name(state.name + ".scratch")
 
 
 @contextmanager
 def _scratch(output: Path, state: Path | None, what: str) -> Iterator[Scratch]:
-    """Give a folder for repaired weights: beside the state, where it outlives a killed process, or a passing one."""
+    """Give a folder for unfinished work: beside the state, where it outlives a killed process, or a passing one."""
     if state is not None:
         yield Scratch(_scratch_folder(state), what)
         return
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # beside the output and not in /tmp, which is in memory on many systems
+    place = output.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-        prefix=f".{output.name}.", suffix=".repair", dir=output.absolute().parent
+        prefix=f".{output.name}.", suffix=".scratch", dir=place
     ) as folder:
-        yield Scratch(Path(folder), what)
+        yield Scratch(Path(folder), what, lasting=False)
 
 
 def _plain(options: Options) -> dict[str, Any]:
@@ -360,41 +364,31 @@ class PruneRun:
 
     def save(self, path: Path, what: str) -> None:
         """Write what is decided so far, atomically."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         for half in HALVES:
             for i, kept in enumerate(self.kept):
-                tensors[f"kept.{half}.{i}"] = kept.of(half).contiguous()
+                tensors[f"kept.{half}.{i}"] = kept.of(half)
                 tensors[f"memory.{half}.{i}"] = self.memory[half][i]
         tensors["layer_memory"] = torch.tensor(self.layer_memory, dtype=torch.float64)
         tensors["planned"] = torch.tensor(self.planned, dtype=torch.float64)
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["weight"] = torch.tensor(self.weight, dtype=torch.float64)
-        unfinished = path.with_name(path.name + ".tmp")
-        save_file(tensors, unfinished, metadata={"what": what})
-        unfinished.replace(path)
+        tensor_files.write(path, tensors, what)
 
     def load(self, path: Path, what: str, emit: Emit) -> None:
         """Go on from a state file; one of other work is not used."""
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("what") != what:
-                    emit(Note(text=f"{path} belongs to other work; starting anew", level="warning"))
-                    return
-                read = file.get_tensor
-                layers = range(len(self.groups))
-                self.kept = [Kept(*(read(f"kept.{half}.{i}") for half in HALVES)) for i in layers]
-                self.memory = {h: [read(f"memory.{h}.{i}") for i in layers] for h in HALVES}
-                self.layer_memory = read("layer_memory").tolist()
-                self.planned = read("planned").tolist()
-                self.losses = read("losses").tolist()
-                self.weight = float(read("weight"))
-        except (SafetensorError, OSError) as error:
-            emit(Note(text=f"{path} is damaged ({error}); starting anew", level="warning"))
+            found = tensor_files.read(path, what)
+        except tensor_files.UnusableError as error:
+            emit(Note(text=f"{path} {error}; starting anew", level="warning"))
             return
+        layers = range(len(self.groups))
+        self.kept = [Kept(*(found[f"kept.{half}.{i}"] for half in HALVES)) for i in layers]
+        self.memory = {h: [found[f"memory.{h}.{i}"] for i in layers] for h in HALVES}
+        self.layer_memory = found["layer_memory"].tolist()
+        self.planned = found["planned"].tolist()
+        self.losses = found["losses"].tolist()
+        self.weight = float(found["weight"])
         emit(Note(text=f"going on after iteration {len(self.losses)} of {self.options.iterations}"))
 
     # ---- the iterations
@@ -405,30 +399,31 @@ class PruneRun:
         tokenizer: Any,
         corpus: texts.Calibration,
         emit: Emit = ignore,
-        *,
-        streamed: bool = False,
+        scratch: Scratch | None = None,
     ) -> Iterator[PruneIteration]:
-        """Run the iterations that are left, one each time the next is asked for."""
+        """Run the iterations that are left, one each time the next is asked for.
+
+        With ``scratch`` one decoder layer is in memory at a time; the rest of the pass is there or waits in the
+        scratch, and goes on from it.
+        """
         options = self.options
         device, dtype = machine.pick_device(), machine.compute_dtype()
         with _attention(dense, options.length):
+            streamed = scratch is not None
             layers = CutLayers(dense, self.groups, self.kept, dtype, device, streamed=streamed)
-            walk = Pass(
-                layers,
-                Ends(dense, dtype, device),
-                _micro_batch(options),
-                recompute=streamed,
-                hold=self.room,
-            )
+            ends = Ends(dense, dtype, device)
+            walk = Pass(layers, ends, _micro_batch(options), recompute=streamed)
             for iteration in range(len(self.losses) + 1, options.iterations + 1):
                 started = time.monotonic()
                 tokens = corpus.draw(
                     tokenizer, options.samples, options.length, f"{options.seed}-{iteration}"
                 )
-                self._remember(self._measure(walk, layers, tokens, iteration, emit))
+                waiting = self._waiting(scratch, iteration, emit)
+                self._remember(self._measure(walk, tokens, iteration, waiting, emit))
                 self._decide(dense.config, iteration)
                 layers.cut(self.kept)
                 yield self._event(iteration, time.monotonic() - started)
+                waiting.clear()  # not before the caller has saved what the pass led to
 
     def repair(
         self,
@@ -486,16 +481,23 @@ class PruneRun:
             emit(Note(text=text, level="warning"))
         return min(wanted, most)
 
+    def _waiting(self, scratch: Scratch | None, iteration: int, emit: Emit) -> Waiting:
+        if scratch is None:
+            return Waiting()
+        # the figures of a pass follow from these and from what the scratch belongs to
+        kept = hashlib.sha256(json.dumps([k.to_json() for k in self.kept]).encode()).hexdigest()
+        dtype, batch = machine.compute_dtype(), _micro_batch(self.options)
+        which = f"iteration {iteration} in {dtype} by {batch}, kept {kept}"
+        return scratch.waiting(self.room, which, emit)
+
     def _measure(
-        self, walk: Pass, layers: CutLayers, tokens: Tensor, iteration: int, emit: Emit
+        self, walk: Pass, tokens: Tensor, iteration: int, waiting: Waiting, emit: Emit
     ) -> ImportanceWatcher:
         options = self.options
         watcher = ImportanceWatcher(
             self.groups, self.kept, options.layer_importance, options.element_importance
         )
-        if options.element_importance == "activation":
-            watcher.listen(layers)
-        steps = 2 * len(layers) * math.ceil(len(tokens) / walk.micro_batch)
+        steps = 2 * len(self.groups) * math.ceil(len(tokens) / walk.micro_batch)
 
         def tick(done: int) -> None:
             emit(
@@ -508,7 +510,8 @@ class PruneRun:
                 )
             )
 
-        self.losses.append(walk.run(tokens, watcher, tick))
+        with waiting:
+            self.losses.append(walk.run(tokens, watcher, tick, waiting))
         return watcher
 
     def _remember(self, measured: ImportanceWatcher) -> None:
