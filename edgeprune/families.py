@@ -125,3 +125,8 @@ def residual_scale(config: Any) -> float | None:
     if config.model_type in ("gemma3_text", "olmo2"):
         return None
     return float(getattr(config, "residual_multiplier", 1.0) or 1.0)
+
+
+def norm_offset(config: Any) -> float:
+    """What a norm adds to its weight before it multiplies (Gemma: 1)."""
+    return 1.0 if config.model_type == "gemma3_text" else 0.0

@@ -12,7 +12,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from edgeprune import calibration as texts
 from edgeprune import checkpoint, machine, mapped, sources, tensor_files
-from edgeprune.blocks import EAGER_UP_TO, Ends, Pass, Weights
+from edgeprune.blocks import EAGER_UP_TO, Ends, Pass
 from edgeprune.budget import (
     LayerChoice,
     Limits,
@@ -35,6 +35,7 @@ from edgeprune.budget import (
 from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Note, Progress, PruneIteration, ignore
 from edgeprune.families import Half, family_of
+from edgeprune.final_norm import refit_norm
 from edgeprune.groups import HALVES, Kept, LayerGroups, cut, describe_layers, pruned_config
 from edgeprune.importance import (
     ElementMeasure,
@@ -76,7 +77,7 @@ class Pace:
 EFFORTS: dict[Effort, Pace] = {
     "quick": Pace(10, 64, 128),
     "balanced": Pace(25, 64, 256),
-    "best": Pace(25, 64, 1024),
+    "best": Pace(25, 64, 2048),
 }
 # Equation 6's A is a share of a layer for each iteration; the tilt of ``adapt`` is for the whole run, relative to the
 # average sparsity, so that it does not depend on how many iterations there are.
@@ -237,7 +238,7 @@ def prune(
             run.repair(dense, tokenizer, corpus, scratch, emit)
         record = checkpoint.save_parts(
             _settings(dense, run.kept),
-            parts(dense, run.groups, run.kept, scratch.fixed if chosen.repair_samples else None),
+            parts(dense, run.groups, run.kept, scratch if chosen.repair_samples else None),
             tokenizer,
             output,
             provenance={
@@ -433,7 +434,7 @@ class PruneRun:
         scratch: Scratch,
         emit: Emit = ignore,
     ) -> None:
-        """Refit the output projections of what is kept to what the dense layers wrote, into ``scratch``."""
+        """Refit the output projections and the final norm to what the dense model does, into ``scratch``."""
         options, config = self.options, dense.config
         device, dtype = machine.pick_device(), machine.compute_dtype()
         samples = self._repair_samples(config, emit)
@@ -444,8 +445,9 @@ class PruneRun:
                 CutLayers(dense, self.groups, kept, dtype, device, streamed=True)
                 for kept in (self.kept, everything)
             )
+            ends, streams = Ends(dense, dtype, device), scratch.streams(samples)
             steps = repair(
-                Ends(dense, dtype, device),
+                ends,
                 list(tokens.split(_micro_batch(options))),
                 whole_layers.block,
                 cut_layers.block,
@@ -453,7 +455,7 @@ class PruneRun:
                     kept_columns(family, g, k, device)
                     for g, k in zip(self.groups, self.kept, strict=True)
                 ],
-                scratch.streams(samples),
+                streams,
             )
             for fixed, streams in steps:
                 scratch.keep(fixed, streams, dense.dtype)
@@ -466,6 +468,8 @@ class PruneRun:
                         note="repair",
                     )
                 )
+            assert streams is not None
+            scratch.keep_norm(refit_norm(ends, streams), dense.dtype)
 
     def _repair_samples(self, config: Any, emit: Emit) -> int:
         """As many sequences as were asked for, or what their activations leave room for."""
@@ -604,18 +608,19 @@ def parts(
     dense: Any,
     groups: list[LayerGroups],
     kept: list[Kept],
-    fixed: Callable[[int], Weights] | None = None,
+    repaired: Scratch | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the pruned model's parameters, in the source's type: those around the decoder layers, then layer by layer.
 
-    ``fixed`` gives the repaired weights of a layer, under their names in it.
+    What ``repaired`` holds stands in for the dense model's.
     """
     layers = "model.layers."
-    yield {n: p.detach() for n, p in dense.named_parameters() if not n.startswith(layers)}
+    around = {n: p.detach() for n, p in dense.named_parameters() if not n.startswith(layers)}
+    yield around | (repaired.norm() if repaired else {})
     config = pruned_config(dense.config, kept)
     for i, layer in enumerate(dense.model.layers):
         wanted = skeleton(layer, config, i, dense.config._attn_implementation)
-        weights = cut(whole(layer), groups[i], kept[i]) | (fixed(i) if fixed else {})
+        weights = cut(whole(layer), groups[i], kept[i]) | (repaired.fixed(i) if repaired else {})
         yield {
             f"{layers}{i}.{name}": weights[name].contiguous()
             for name, _ in wanted.named_parameters()

@@ -47,7 +47,7 @@ RIDGE_ROWS = 64
 class Moments:
     """Second moments of a projection's inputs x and of what they must make up for, over two halves of the sequences.
 
-    H = sum of w x x^T is (inputs, inputs) and D = sum of w (t - W x) x^T (outputs, inputs), float32. They are
+    H = sum of w x x^T is (inputs, inputs) and D = sum of w t x^T - W H (outputs, inputs), float32. They are
     gathered as such when there are more tokens than inputs. With fewer, as in large models, the tokens themselves are
     kept, and D (H + r I)^-1 is taken as E^T (X X^T + r I)^-1 X, with a row of X and of the errors E for each token.
 
@@ -62,7 +62,7 @@ class Moments:
         self._sequences = 0
         self._rows: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
         inputs = 0 if self._few else weight.shape[1]
-        self._second, self._missing = (
+        self._second, self._wanted = (
             [weight.new_zeros(rows, inputs) for _ in (0, 1)]
             for rows in (inputs, 0 if self._few else len(weight))
         )
@@ -80,13 +80,13 @@ class Moments:
             # by the sequence's number, so that the micro batch does not matter
             rows = slice((half + self._sequences) % 2, None, 2)
             x = (inputs[rows].float() * root[rows]).flatten(0, -2)
-            error = (targets[rows].float() * root[rows]).flatten(0, -2)
-            error.addmm_(x, self._weight.T, alpha=-1)
+            wanted = (targets[rows].float() * root[rows]).flatten(0, -2)
             if self._few:
-                self._rows[half].append((x, error))
-            else:
+                self._rows[half].append((x, wanted.addmm_(x, self._weight.T, alpha=-1)))
+                continue
+            with _products_of(inputs.dtype):
                 self._second[half].addmm_(x.T, x)
-                self._missing[half].addmm_(error.T, x)
+                self._wanted[half].addmm_(wanted.T, x)
         self._sequences += len(inputs)
 
     def refit(self) -> tuple[Tensor, float]:
@@ -101,10 +101,11 @@ class Moments:
         # added up in place: of an 8B model each of them takes 0.8 GB
         second, missing = (
             self._second[0].add_(self._second[1]),
-            self._missing[0].add_(self._missing[1]),
+            self._wanted[0].add_(self._wanted[1]),
         )
         self._second.clear()
-        self._missing.clear()
+        self._wanted.clear()
+        missing.addmm_(self._weight, second, alpha=-1)
         solved, ridge = _solve(second, missing.T, ridge, len(second))
         return self._weight + solved.T, ridge
 
@@ -123,13 +124,31 @@ class Moments:
                 (held_out - across @ _solve(kernel, fitted, ridge, x.shape[1])[0]).square().sum()
             )
         first, second = self._second
-        fitted, held_out = (each[pick].T for each in self._missing)
+        fitted, held_out = (
+            (wanted[pick] - self._weight[pick] @ moments).T
+            for wanted, moments in zip(self._wanted, self._second, strict=True)
+        )
 
         def error(ridge: float) -> float:
             step, _ = _solve(first, fitted, ridge, len(first))
             return float(((second @ step) * step).sum() - 2 * (held_out * step).sum())
 
         return error
+
+
+@contextmanager
+def _products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Multiply float32 matrices as fast as ``dtype`` has it, and still add up in float32.
+
+    Activations come in ``dtype``, so that a bf16 product of them loses nothing but the last bits of their weighting.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _least(error: Callable[[float], float]) -> float:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from edgeprune import tensor_files
 from edgeprune.blocks import Weights
@@ -74,6 +75,15 @@ class Scratch:
         from safetensors.torch import load_file
 
         return load_file(self._of(index))
+
+    def keep_norm(self, weight: Tensor | None, dtype: torch.dtype) -> None:
+        """Write the final norm's new weight, or that it keeps the old one."""
+        weights = {} if weight is None else {"model.norm.weight": weight.to("cpu", dtype)}
+        tensor_files.write(self._folder / "norm.safetensors", weights, self._what)
+
+    def norm(self) -> Weights:
+        """Return the final norm's new weight under its name in the model; nothing if it keeps the old one."""
+        return tensor_files.read(self._folder / "norm.safetensors", self._what)
 
     def _of(self, index: int) -> Path:
         return self._folder / f"layer-{index:04}.safetensors"
