@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -99,8 +100,8 @@ class Ends:
         self.norm = {
             name: p.detach().to(device, dtype) for name, p in model.model.norm.named_parameters()
         }
-        self.head = model.lm_head.weight.detach().to(device, dtype)
-        self.head_bias = _moved(model.lm_head.bias, device, dtype)
+        bias = model.lm_head.bias
+        self.head_bias = None if bias is None else _moved(bias, device, dtype)
         self.divisor = logits_divisor(model.config)
 
     def start(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -112,6 +113,7 @@ class Ends:
         layers = self.model.model.layers
         with torch.no_grad(), mapped.recorded_calls(layers) as (first, recorded):
             self.model.model(input_ids=tokens.to(self.model.device), use_cache=False)
+        mapped.release(self.model.model.embed_tokens)
         return self._moved(first[0]), [self._moved(arguments) for arguments in recorded]
 
     def loss(self, hidden: Tensor, tokens: Tensor) -> tuple[float, Tensor]:
@@ -143,10 +145,15 @@ class Ends:
         loss = -own.clamp_min(torch.finfo(torch.float32).tiny).log().sum()
         return float(loss), probability @ self.head / self.divisor
 
+    @cached_property
+    def head(self) -> Tensor:
+        """The head's weight to compute with, (vocabulary, hidden size)."""
+        return _moved(self.model.lm_head.weight, self.device, self.dtype)
+
     def release(self) -> None:
-        """Give the memory of a mapped head and embedding back."""
+        """Give the memory of the head back until it is asked for again."""
+        self.__dict__.pop("head", None)
         mapped.release(self.model.lm_head)
-        mapped.release(self.model.model.embed_tokens)
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -157,8 +164,8 @@ class Ends:
         return {k: self._moved(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _moved(value: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else value.detach().to(device, dtype)
+def _moved(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(device, dtype)
 
 
 @dataclass

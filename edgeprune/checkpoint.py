@@ -108,7 +108,7 @@ def save_parts(
     check_output(folder)
     skeleton = sources.build_on_meta(config)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    needed = sources.weight_bytes(config, _width(config)) + ROOM
+    needed = sources.weight_bytes(config, sources.weight_width(config)) + ROOM
     with _no_room_is_told(folder, needed), _appearing_whole(folder) as unfinished:
         _check_room(folder, needed)
         dtype = _write_parts(unfinished, parts, shapes)
@@ -125,14 +125,6 @@ def save_parts(
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
         return _complete(unfinished, settings, source, provenance)
-
-
-def _width(config: PreTrainedConfig) -> int:
-    """Bytes of a weight in the type that the config names; float32's where it names none."""
-    import torch
-
-    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
 
 
 def _write_parts(

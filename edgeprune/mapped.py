@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,24 @@ def peak_resident() -> int:
         return 0
     lines = (line.split() for line in status.splitlines())
     return next((int(words[1]) * 1024 for words in lines if words[:1] == ["VmHWM:"]), 0)
+
+
+def trim() -> None:
+    """Have the C library give memory that was freed back to the system, where it can (glibc)."""
+    give_back = _malloc_trim()
+    if give_back is not None:
+        give_back(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    import ctypes
+
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
 
 
 # ---- running

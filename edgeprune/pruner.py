@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,6 +35,7 @@ from edgeprune.budget import (
 from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Note, Progress, PruneIteration, ignore
 from edgeprune.families import Half, family_of
+from edgeprune.footprint import Footprint, refuse
 from edgeprune.groups import HALVES, Kept, LayerGroups, cut, describe_layers, pruned_config
 from edgeprune.importance import (
     ElementMeasure,
@@ -59,8 +60,6 @@ MICRO_BATCH_TOKENS = 1024
 # How much of the importance measured in earlier iterations counts on. Each iteration draws fresh text, so that a mean
 # over several is less noisy than one alone.
 MEMORY = 0.8
-# Bytes a parameter that pruning in memory takes: the weights as stored, those cut to compute with, and gradients.
-RESIDENT_BYTES = 4 + 2 + 4
 
 
 @dataclass(frozen=True)
@@ -221,14 +220,12 @@ def prune(
     corpus = texts.read_calibration(calibration)
     tokenizer = sources.load_tokenizer(source)
     corpus.draw(tokenizer, 1, chosen.length, "is the text long enough?")
-    budget = memory_budget or mapped.budget()
-    streamed = _must_stream(config, budget) if stream is None else stream
+    streamed = run.fit(source, config, stream, memory_budget)
     started = time.monotonic()
     what = _fingerprint(source, config, chosen, run.target, corpus.hash)
     with _opened(source, streamed, emit) as dense, _scratch(output, state, what) as scratch:
         if state is not None and state.is_file():
             run.load(state, what, emit)
-        run.room = budget // 4
         for step in run.steps(dense, tokenizer, corpus, emit, scratch if streamed else None):
             if state is not None:
                 run.save(state, what)
@@ -257,10 +254,6 @@ def prune(
         state.unlink(missing_ok=True)
         shutil.rmtree(_scratch_folder(state), ignore_errors=True)
     return record
-
-
-def _must_stream(config: Any, budget: int) -> bool:
-    return sources.weight_bytes(config, RESIDENT_BYTES) > budget
 
 
 @contextmanager
@@ -333,8 +326,9 @@ class PruneRun:
     planned: list[float]
     losses: list[float]
     weight: float = 0.0
-    # bytes that activations may take in memory; None: any number
-    room: int | None = None
+    # what the memory has room for; None: any number
+    hold: int | None = None
+    most_repair_samples: int | None = None
 
     @staticmethod
     def plan(config: Any, options: Options, target: Target) -> PruneRun:
@@ -359,6 +353,38 @@ class PruneRun:
     def most(self) -> list[int]:
         """Parameters that each layer may lose."""
         return [removable_parameters(g, b) for g, b in zip(self.groups, self.limits, strict=True)]
+
+    def fit(
+        self, source: sources.Source, config: Any, stream: bool | None, memory_budget: int | None
+    ) -> bool:
+        """Divide the memory; return whether decoder layers are streamed. BadInput if it is too small for one.
+
+        ``stream`` None leaves it to the memory; ``memory_budget`` None takes a good part of what is free.
+        """
+        options, process = self.options, mapped.resident()
+        free = machine.memory().available if stream is False else mapped.budget()
+        budget = memory_budget or process + free
+        sizes = Footprint(
+            config,
+            self.groups,
+            samples=options.samples,
+            repair=options.repair_samples,
+            length=options.length,
+            micro_batch=_micro_batch(options),
+            stored=sources.weight_width(config),
+            computed=machine.compute_dtype().itemsize,
+            process=process,
+            streamed=False,
+            unpacked=source.gguf_file is not None,
+        )
+        if stream or (stream is None and sizes.needed() > budget):
+            sizes = replace(sizes, streamed=True)
+        needed, given = sizes.needed(), memory_budget is not None
+        if needed > budget and (sizes.streamed or given):
+            raise refuse(needed, budget, given=given, streamed=sizes.streamed)
+        self.hold = sizes.hold(budget)
+        self.most_repair_samples = sizes.repair_samples(budget)
+        return sizes.streamed
 
     # ---- a state that survives the process
 
@@ -436,7 +462,7 @@ class PruneRun:
         """Refit the output projections of what is kept to what the dense layers wrote, into ``scratch``."""
         options, config = self.options, dense.config
         device, dtype = machine.pick_device(), machine.compute_dtype()
-        samples = self._repair_samples(config, emit)
+        samples = self._repair_samples(emit)
         tokens = corpus.draw(tokenizer, samples, options.length, f"{options.seed}-repair")
         family, everything = family_of(config), [g.everything() for g in self.groups]
         with _attention(dense, options.length):
@@ -467,19 +493,14 @@ class PruneRun:
                     )
                 )
 
-    def _repair_samples(self, config: Any, emit: Emit) -> int:
+    def _repair_samples(self, emit: Emit) -> int:
         """As many sequences as were asked for, or what their activations leave room for."""
-        wanted = self.options.repair_samples
-        if self.room is None:
+        wanted, most = self.options.repair_samples, self.most_repair_samples
+        if most is None or wanted <= most:
             return wanted
-        widest = max(g.count["mlp"] for g in self.groups)
-        # of each token: two residual streams, what the projections write on both, and their inputs
-        sequence = self.options.length * 2 * (6 * config.hidden_size + widest)
-        most = max(2, self.room // sequence)
-        if most < wanted:
-            text = f"repairing with {most} sequences instead of {wanted}: more do not fit in the memory budget"
-            emit(Note(text=text, level="warning"))
-        return min(wanted, most)
+        text = f"repairing with {most} sequences instead of {wanted}: more do not fit in the memory budget"
+        emit(Note(text=text, level="warning"))
+        return most
 
     def _waiting(self, scratch: Scratch | None, iteration: int, emit: Emit) -> Waiting:
         if scratch is None:
@@ -488,7 +509,7 @@ class PruneRun:
         kept = hashlib.sha256(json.dumps([k.to_json() for k in self.kept]).encode()).hexdigest()
         dtype, batch = machine.compute_dtype(), _micro_batch(self.options)
         which = f"iteration {iteration} in {dtype} by {batch}, kept {kept}"
-        return scratch.waiting(self.room, which, emit)
+        return scratch.waiting(self.hold, which, emit)
 
     def _measure(
         self, walk: Pass, tokens: Tensor, iteration: int, waiting: Waiting, emit: Emit
@@ -611,7 +632,10 @@ def parts(
     ``fixed`` gives the repaired weights of a layer, under their names in it.
     """
     layers = "model.layers."
-    yield {n: p.detach() for n, p in dense.named_parameters() if not n.startswith(layers)}
+    for name, parameter in dense.named_parameters():
+        if not name.startswith(layers):
+            yield {name: parameter.detach()}
+            mapped.release(parameter)
     config = pruned_config(dense.config, kept)
     for i, layer in enumerate(dense.model.layers):
         wanted = skeleton(layer, config, i, dense.config._attn_implementation)
