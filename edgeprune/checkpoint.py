@@ -155,7 +155,7 @@ def _write_parts(
 def _appearing_whole(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``folder`` that takes its name when all went well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    sweep(folder, ".part")
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     unfinished.mkdir()
     try:
@@ -171,12 +171,12 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
     _sync_folder(folder.parent)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what an earlier process left when it was killed in the middle of this very folder."""
+def sweep(folder: Path, ending: str) -> None:
+    """Remove what processes left beside ``folder`` that were killed in the middle of it: ``.NAME.PID`` + ``ending``."""
     import psutil
 
-    for left in folder.parent.glob(f".{folder.name}.*.part"):
-        owner = left.name.removesuffix(".part").rpartition(".")[2]
+    for left in folder.parent.glob(f".{folder.name}.*{ending}"):
+        owner = left.name.removesuffix(ending).rpartition(".")[2]
         if owner == str(os.getpid()) or not (owner.isdigit() and psutil.pid_exists(int(owner))):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -8,15 +8,17 @@ measured peaks beside these.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from edgeprune import machine, mapped
 from edgeprune.blocks import HEAD_ROWS
 from edgeprune.errors import BadInput
 from edgeprune.families import head_dim
 from edgeprune.groups import LayerGroups
+from edgeprune.options import Options
 from edgeprune.quantities import format_bytes
-from edgeprune.sources import weight_bytes
+from edgeprune.sources import Source, weight_bytes, weight_width
 
 # What the process takes beyond what it takes before its first matrix product: kernels made for this processor, and
 # memory that was freed in pieces too small to give back. 0.3 GB were measured.
@@ -143,12 +145,19 @@ class Footprint:
         held = 2 * self.weights + streams + self.activations + moments + 3 * projection
         return self.base + held
 
+    def writing(self) -> int:
+        """What the repair's last layer left, and the largest tensor beside it, or two layers as stored and cut."""
+        layer = self.layer * max(self.stored, self.computed)
+        table = self.table * self.stored if self.streamed else 0
+        return self.base + self.activations + max(layer + table, 4 * layer)
+
     # ---- the budget
 
     def needed(self) -> int:
         """What the run takes at least, with the fewest sequences to repair with."""
         fewest = self.repairing(min(self.repair, FEWEST_SEQUENCES))
-        return max(self.opening(), self.cutting(), self.loss(), self.backward(), fewest)
+        ends = max(self.opening(), self.writing())
+        return max(ends, self.cutting(), self.loss(), self.backward(), fewest)
 
     def hold(self, budget: int) -> int:
         """What layer inputs may take in memory."""
@@ -161,17 +170,68 @@ class Footprint:
         return next(fitting, fewest)
 
 
-def refuse(needed: int, budget: int, *, given: bool, streamed: bool) -> BadInput:
-    """Return what to say where a budget, given or chosen, is too small."""
+@dataclass(frozen=True)
+class Room:
+    """How a run's memory is divided: bytes for layer inputs, and how many sequences of the repair fit."""
+
+    streamed: bool
+    hold: int
+    repair_samples: int
+
+
+def fit(
+    source: Source,
+    config: Any,
+    groups: list[LayerGroups],
+    options: Options,
+    stream: bool | None,
+    memory_budget: int | None,
+) -> Room:
+    """Divide the memory, or raise BadInput if it is too small for the run.
+
+    Args:
+        source: the dense model.
+        config: its config.
+        groups: of its layers.
+        options: of the run.
+        stream: one decoder layer at a time; None: where the model does not fit as a whole.
+        memory_budget: bytes that the process may fill; None: a good part of what is free.
+    """
+    process, given = mapped.resident(), memory_budget is not None
+    # who says --no-stream has the whole of it
+    free = machine.memory().available if stream is False else mapped.budget()
+    budget = memory_budget or process + free
+    sizes = Footprint(
+        config,
+        groups,
+        samples=options.samples,
+        repair=options.repair_samples,
+        length=options.length,
+        micro_batch=options.micro_batch,
+        stored=weight_width(config),
+        computed=machine.compute_dtype().itemsize,
+        process=process,
+        streamed=False,
+        unpacked=source.gguf_file is not None,
+    )
+    if stream or (stream is None and sizes.needed() > budget):
+        sizes = replace(sizes, streamed=True)
+    if sizes.needed() > budget and (sizes.streamed or given):
+        raise _too_small(sizes, budget, given)
+    return Room(sizes.streamed, sizes.hold(budget), sizes.repair_samples(budget))
+
+
+def _too_small(sizes: Footprint, budget: int, given: bool) -> BadInput:
+    needed = sizes.needed()
     figure = f"{math.ceil(needed * 1.02 / 1e8) / 10:g}GB"  # the next process may be a little larger
     what = f"pruning this model takes at least {format_bytes(needed)} of memory"
-    if not streamed:
+    if not sizes.streamed:
         what += " with --no-stream"
     if given:
         return BadInput(
             f"{what}; --memory-budget is {format_bytes(budget)}: type --memory-budget {figure}"
         )
     return BadInput(
-        f"{what}, and it takes no more than {format_bytes(budget)} of what is free by itself: close other programs, "
-        f"or allow more with --memory-budget {figure}"
+        f"{what}, and it takes no more than {format_bytes(budget)} by itself with what is free now: close other "
+        f"programs, or allow more with --memory-budget {figure}"
     )
