@@ -19,13 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from speed import matrix_speed
 
-from edgeprune import machine, mapped, prune, sources
+from edgeprune import mapped, prune, sources
 from edgeprune.events import Event, Progress
 from edgeprune.quantities import format_bytes, parse_bytes
-
-SIZE = 4096
 
 
 def main() -> None:
@@ -100,16 +98,6 @@ def alone(options: argparse.Namespace) -> dict[str, object]:
         "final write": end - marks["repair ends"],
     }
     return {"seconds": seconds, "peak": mapped.peak_resident()}
-
-
-def matrix_speed() -> float:
-    a, b = (torch.randn(SIZE, SIZE).to(machine.compute_dtype()) for _ in range(2))
-    times = []
-    for _ in range(5):
-        started = time.monotonic()
-        a @ b
-        times.append(time.monotonic() - started)
-    return 2 * SIZE**3 / min(times)
 
 
 def disk_speed(folder: Path) -> float:

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed import matrix_speed
 
 from edgeprune import calibration, machine, sources
 from edgeprune.groups import Kept
-from edgeprune.pruner import Options, PruneRun
+from edgeprune.iterations import PruneRun
+from edgeprune.options import Options
 from edgeprune.scratch import Scratch
 from edgeprune.target import Target
 
@@ -170,16 +172,9 @@ def peak_of_own_process(what: str) -> float:
 
 
 def ideal(options: argparse.Namespace) -> float:
-    size = 4096
-    a, b = (torch.randn(size, size).to(machine.compute_dtype()) for _ in range(2))
-    times = []
-    for _ in range(5):
-        started = time.monotonic()
-        a @ b
-        times.append(time.monotonic() - started)
     config = sources.load_config(sources.resolve(options.model))
     parameters = sum(p.numel() for p in sources.build_on_meta(config).parameters())
-    return 6 * parameters * options.samples * options.length * min(times) / (2 * size**3)
+    return 6 * parameters * options.samples * options.length / matrix_speed()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -96,23 +97,22 @@ class Ends:
         self.model = model
         self.dtype = dtype
         self.device = device
+        self._begin = mapped.Start(model, dtype, device)
         self.norm = {
             name: p.detach().to(device, dtype) for name, p in model.model.norm.named_parameters()
         }
-        self.head = model.lm_head.weight.detach().to(device, dtype)
-        self.head_bias = _moved(model.lm_head.bias, device, dtype)
+        bias = model.lm_head.bias
+        self.head_bias = None if bias is None else _moved(bias, device, dtype)
         self.divisor = logits_divisor(model.config)
 
+    @torch.no_grad()
     def start(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the first layer's input and each layer's other arguments, as the model itself makes them.
+        """Return the first layer's input and each layer's other arguments (``mapped.Start``).
 
         Args:
             tokens: token ids, (batch, length).
         """
-        layers = self.model.model.layers
-        with torch.no_grad(), mapped.recorded_calls(layers) as (first, recorded):
-            self.model.model(input_ids=tokens.to(self.model.device), use_cache=False)
-        return self._moved(first[0]), [self._moved(arguments) for arguments in recorded]
+        return self._begin(tokens)
 
     def loss(self, hidden: Tensor, tokens: Tensor) -> tuple[float, Tensor]:
         """Return the summed next-token loss of a micro batch and its gradient by ``hidden``."""
@@ -143,22 +143,19 @@ class Ends:
         loss = -own.clamp_min(torch.finfo(torch.float32).tiny).log().sum()
         return float(loss), probability @ self.head / self.divisor
 
+    @cached_property
+    def head(self) -> Tensor:
+        """The head's weight to compute with, (vocabulary, hidden size)."""
+        return _moved(self.model.lm_head.weight, self.device, self.dtype)
+
     def release(self) -> None:
-        """Give the memory of a mapped head and embedding back."""
+        """Give the memory of the head back until it is asked for again."""
+        self.__dict__.pop("head", None)
         mapped.release(self.model.lm_head)
-        mapped.release(self.model.model.embed_tokens)
-
-    def _moved(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value = value.to(self.device)
-            return value.to(self.dtype) if value.is_floating_point() else value
-        if isinstance(value, tuple):
-            return tuple(self._moved(v) for v in value)
-        return {k: self._moved(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _moved(value: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else value.detach().to(device, dtype)
+def _moved(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(device, dtype)
 
 
 @dataclass

@@ -108,7 +108,7 @@ def save_parts(
     check_output(folder)
     skeleton = sources.build_on_meta(config)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
-    needed = sources.weight_bytes(config, _width(config)) + ROOM
+    needed = sources.weight_bytes(config, sources.weight_width(config)) + ROOM
     with _no_room_is_told(folder, needed), _appearing_whole(folder) as unfinished:
         _check_room(folder, needed)
         dtype = _write_parts(unfinished, parts, shapes)
@@ -125,14 +125,6 @@ def save_parts(
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
         return _complete(unfinished, settings, source, provenance)
-
-
-def _width(config: PreTrainedConfig) -> int:
-    """Bytes of a weight in the type that the config names; float32's where it names none."""
-    import torch
-
-    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
 
 
 def _write_parts(
@@ -163,7 +155,7 @@ def _write_parts(
 def _appearing_whole(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``folder`` that takes its name when all went well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    sweep(folder, ".part")
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     unfinished.mkdir()
     try:
@@ -179,12 +171,12 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
     _sync_folder(folder.parent)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what an earlier process left when it was killed in the middle of this very folder."""
+def sweep(folder: Path, ending: str) -> None:
+    """Remove what processes left beside ``folder`` that were killed in the middle of it: ``.NAME.PID`` + ``ending``."""
     import psutil
 
-    for left in folder.parent.glob(f".{folder.name}.*.part"):
-        owner = left.name.removesuffix(".part").rpartition(".")[2]
+    for left in folder.parent.glob(f".{folder.name}.*{ending}"):
+        owner = left.name.removesuffix(ending).rpartition(".")[2]
         if owner == str(os.getpid()) or not (owner.isdigit() and psutil.pid_exists(int(owner))):
             shutil.rmtree(left, ignore_errors=True)
 

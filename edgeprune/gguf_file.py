@@ -296,7 +296,6 @@ def iter_weights(
 
     stored_name = _names(header, model.config.num_hidden_layers)
     left = {name for name in header.tensors if not name.startswith(ROPE_FACTORS)}
-    data = np.memmap(header.path, mode="r", dtype=np.uint8)
     wanted = dict(model.named_parameters())
     for done, (name, parameter) in enumerate(wanted.items()):
         if done % 16 == 0:
@@ -306,7 +305,9 @@ def iter_weights(
         if tensor is None or tensor.shape != tuple(parameter.shape):
             raise BadInput(f"{header.path}: {stored} is missing or misshapen; download it again")
         start = header.data_start + tensor.offset
-        raw = np.asarray(data[start : start + _tensor_bytes(header, stored, tensor)])
+        size = _tensor_bytes(header, stored, tensor)
+        # mapped one at a time: what was read of a mapping stays in memory with it
+        raw = np.asarray(np.memmap(header.path, np.uint8, "r", offset=start, shape=size))
         rows = raw.reshape(*tensor.shape[:-1], -1)
         values = gguf.dequantize(rows, gguf.GGMLQuantizationType(tensor.ggml_type))
         values = _as_in_transformers(header, stored, values.reshape(tensor.shape))

@@ -148,10 +148,11 @@ class ImportanceWatcher:
 
 @torch.no_grad()
 def element_scores(block: Block, gradients: Weights, measure: ElementMeasure) -> Weights:
-    """Return the importance of every element of a layer's groups, float32, in the parameters' shapes.
+    """Turn a layer's gradients into the importance of every element of its groups, in place.
 
-    ``taylor`` is ``|w * dL/dw|`` (equation 10), ``magnitude`` is ``|w|``.
+    ``taylor`` is ``|w * dL/dw|`` (equation 10), ``magnitude`` is ``|w|``; float32, in the parameters' shapes.
     """
-    if measure == "magnitude":
-        return {name: block.weights[name].float().abs_() for name in gradients}
-    return {name: (g * block.weights[name].float()).abs_() for name, g in gradients.items()}
+    for name, gradient in gradients.items():
+        weight = block.weights[name]
+        (gradient.copy_(weight) if measure == "magnitude" else gradient.mul_(weight)).abs_()
+    return gradients

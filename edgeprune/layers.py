@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgeprune import mapped
 from edgeprune.blocks import Block
 from edgeprune.groups import HALVES, Kept, LayerGroups, cut, pruned_config
 from edgeprune.nonuniform import build_layer
@@ -66,12 +67,11 @@ class CutLayers:
 
     def _read_ahead(self, index: int) -> None:
         """Give the layer before back and have the one behind it read, in whichever direction the pass goes."""
-        from edgeprune import mapped
-
         layers = self._dense.model.layers
         step = -1 if index < self._last else 1
         if index != self._last:
             mapped.release(layers[self._last])
+            mapped.trim()
         if 0 <= index + step < len(layers):
             mapped.prefetch(layers[index + step])
         self._last = index
@@ -81,15 +81,15 @@ class CutLayers:
         module = skeleton(layer, self._config, index, self._dense.config._attn_implementation)
         scored = {part.parameter for h in HALVES for part in self._groups[index].parts[h]}
         weights = cut(whole(layer), self._groups[index], self._kept[index])
-        return Block(
-            module,
-            {
-                name: weights[name]
-                .to(self._device, self._dtype, copy=not self._streamed)
-                .requires_grad_(name in scored)
-                for name, _ in module.named_parameters()
-            },
-        )
+        ready = {
+            name: weights[name]
+            .to(self._device, self._dtype, copy=not self._streamed)
+            .requires_grad_(name in scored)
+            for name, _ in module.named_parameters()
+        }
+        if self._streamed:
+            mapped.release(layer)  # what was copied is not needed; what was not is read again
+        return Block(module, ready)
 
 
 def whole(layer: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,24 @@ def peak_resident() -> int:
     return next((int(words[1]) * 1024 for words in lines if words[:1] == ["VmHWM:"]), 0)
 
 
+def trim() -> None:
+    """Have the C library give memory that was freed back to the system, where it can (glibc)."""
+    give_back = _malloc_trim()
+    if give_back is not None:
+        give_back(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    import ctypes
+
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
+
+
 # ---- running
 
 
@@ -238,6 +257,43 @@ def recorded_calls(
             layer.__dict__.pop("forward", None)
 
 
+class Start:
+    """What a model does before its first decoder layer.
+
+    Nothing is padded: what the layers are given beside hidden states depends on the shape of the token ids alone, and
+    is made once for each.
+
+    Args:
+        model: a causal language model; mapped, or resident on the CPU.
+        dtype: the type to compute in.
+        device: the device to compute on.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self._model, self._dtype, self._device = model.model, dtype, device
+        self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Return the first layer's input (batch, length, hidden size) and every layer's other arguments.
+
+        ``ids`` are token ids, (batch, length).
+        """
+        with recorded_calls(self._model.layers) as (hidden, arguments):
+            self._model(inputs_embeds=self._embedded(ids), use_cache=False)
+        kept = self._arguments.setdefault(ids.shape, _moved(arguments, self._device))
+        return hidden[0].to(self._device), kept
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Embed in the type to compute in, without converting the whole table."""
+        table = self._model.embed_tokens
+        used, place = torch.unique(ids.to(table.weight.device), return_inverse=True)
+        rows = nn.functional.embedding(used, table.weight).to(self._dtype)
+        release(table)
+        few = copy.copy(table)
+        few.padding_idx = None  # it may be beyond the few rows
+        return functional_call(few, {"weight": rows}, (place,))
+
+
 class Walk:
     """Runs a model layer by layer, so that no more than one decoder layer need be in memory.
 
@@ -249,7 +305,7 @@ class Walk:
 
     def __init__(self, model: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self._model, self._dtype, self._device = model, dtype, device
-        self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+        self._start = Start(model, dtype, device)
 
     @torch.inference_mode()
     def hidden(
@@ -287,25 +343,6 @@ class Walk:
         if head.bias is not None:
             logits += head.bias.to(self._device, self._dtype)
         return logits.float() / logits_divisor(self._model.config)
-
-    def _start(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Return the first layer's input and every layer's other arguments."""
-        model = self._model.model
-        with recorded_calls(model.layers) as (hidden, arguments):
-            model(inputs_embeds=self._embedded(ids), use_cache=False)
-        # nothing is padded: what else the layers are given depends on the shape alone
-        kept = self._arguments.setdefault(ids.shape, _moved(arguments, self._device))
-        return hidden[0].to(self._device), kept
-
-    def _embedded(self, ids: Tensor) -> Tensor:
-        """Embed in the type to compute in, without converting the whole table."""
-        table = self._model.model.embed_tokens
-        used, place = torch.unique(ids, return_inverse=True)
-        rows = nn.functional.embedding(used, table.weight).to(self._dtype)
-        release(table)
-        few = copy.copy(table)
-        few.padding_idx = None  # it may be beyond the few rows
-        return functional_call(few, {"weight": rows}, (place,))
 
 
 def _call(

@@ -428,6 +428,14 @@ def weight_bytes(config: PreTrainedConfig, each: int) -> int:
     return sum(p.numel() for p in build_on_meta(config).parameters()) * each
 
 
+def weight_width(config: PreTrainedConfig) -> int:
+    """Return the bytes of a weight in the type that the config names; float32's where it names none."""
+    import torch
+
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+
+
 @contextlib.contextmanager
 def unpacking_place(source: Source) -> Iterator[Path | None]:
     """Give a folder that a GGUF can be unpacked into, gone afterwards; None for other sources.

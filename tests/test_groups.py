@@ -7,7 +7,7 @@ import torch
 
 from edgeprune.families import family_of
 from edgeprune.groups import HALVES, Kept, cut, describe_layers, part_index, sum_by_group
-from edgeprune.pruner import cut_model
+from edgeprune.pruned import cut_model
 from tests import tiny
 
 

@@ -130,21 +130,6 @@ def test_a_repair_goes_on_where_it_was(tmp_path, monkeypatch):
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_few_repair_samples_are_taken_where_more_do_not_fit(tmp_path):
-    source = tiny.save("llama", tmp_path / "dense")
-    notes = []
-    wanted = {"sparsity": 0.4, "iterations": 1, "samples": 8, "length": 16, "width_multiple": 8}
-    pruner.prune(
-        source,
-        tmp_path / "p",
-        repair_samples=1000,
-        memory_budget=1_000_000,
-        emit=notes.append,
-        **wanted,
-    )
-    assert any("instead of 1000" in getattr(note, "text", "") for note in notes)
-
-
 def test_a_damaged_scratch_is_not_used(tmp_path):
     (tmp_path / "streams.safetensors").write_bytes(b"half of it")
     assert Scratch(tmp_path, "this").streams(16) is None

@@ -171,6 +171,14 @@ def test_marks_are_rare_and_only_where_there_is_a_state(source, tmp_path, monkey
     assert {p.name for p in tmp_path.iterdir()} == {"without", "rare"}
 
 
+def test_what_a_killed_run_without_a_state_left_is_removed(source, tmp_path):
+    left = tmp_path / ".out.4194305.scratch"  # no process has this number
+    left.mkdir()
+    (left / "layer-0000.safetensors").write_bytes(b"")
+    prune(source, tmp_path / "out", **OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_the_activation_measure_is_the_same_streamed(source, tmp_path):
     made = []
     for name, stream in (("resident", False), ("streamed", True)):
