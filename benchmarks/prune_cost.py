@@ -2,15 +2,18 @@
 
     python benchmarks/prune_cost.py [--samples 64] [--length 64] [--repeats 3]
 
-Time: the three in turn in one process, A B C A B C; the repair is of a model without half of its channels.
+Time: all in turn in one process, A B C D A B C D; the repair is of a model without half of its channels.
 Memory: the peak of a process of its own for each, and of one that only loads the model. ``ideal`` is 6 x
-parameters x tokens over the speed of this machine's own matrix product.
+parameters x tokens over the speed of this machine's own matrix product, and for memory the weights as stored, those
+to compute with and float32 gradients of all decoder layers (streamed: of one).
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +27,8 @@ import torch
 from speed import matrix_speed
 
 from edgeprune import calibration, machine, sources
-from edgeprune.groups import Kept
+from edgeprune.events import ignore
+from edgeprune.groups import Kept, describe_layers
 from edgeprune.iterations import PruneRun
 from edgeprune.options import Options
 from edgeprune.scratch import Scratch
@@ -33,6 +37,7 @@ from edgeprune.target import Target
 NAMES = {
     "plain": "plain forward and backward",
     "prune": "one iteration",
+    "stream": "one iteration, streamed",
     "repair": "repair with as many tokens",
 }
 
@@ -43,7 +48,7 @@ def main() -> None:
         print(json.dumps(alone(options)))
         return
     seconds = in_turn(options)
-    peaks = {what: peak_of_own_process(what) for what in ("load", "plain", "prune", "repair")}
+    peaks = {what: peak_of_own_process(what) for what in ("load", *NAMES)}
     print(
         f"{options.model}, {options.samples} x {options.length} tokens, {machine.compute_dtype()}, "
         f"{torch.get_num_threads()} threads; median of {options.repeats}\n"
@@ -53,8 +58,9 @@ def main() -> None:
     print(f"| loaded, nothing run | | {peaks['load']:.0f} |")
     for what, name in NAMES.items():
         print(f"| {name} | {statistics.median(seconds[what]):.2f} | {peaks[what]:.0f} |")
-    print(f"| ideal | {ideal(options):.2f} | |")
-    for what in ("prune", "repair"):
+    held, streamed = weights_and_gradients(options)
+    print(f"| ideal | {ideal(options):.2f} | {held:.0f} (streamed {streamed:.0f}) |")
+    for what in ("prune", "stream", "repair"):
         ratios = [a / b for a, b in zip(seconds[what], seconds["plain"], strict=True)]
         print(
             f"{NAMES[what]} / plain: {statistics.median(ratios):.2f} (pairs {min(ratios):.2f} to {max(ratios):.2f})"
@@ -89,6 +95,8 @@ def prepared(options: argparse.Namespace, wanted: set[str]) -> dict[str, Callabl
     steps: dict[str, Callable[[], Any]] = {}
     if "plain" in wanted:
         steps["plain"] = plain(source, options)
+    if "stream" in wanted:
+        steps["stream"] = streamed(source, tokenizer, options)
     if wanted & {"prune", "repair"}:
         dense = sources.load_model(source)
         if "prune" in wanted:
@@ -113,6 +121,18 @@ def iteration(dense: Any, tokenizer: Any, options: argparse.Namespace) -> Callab
     """One whole iteration, as ``prune`` makes it: draw, measure, decide, cut."""
     run = planned(dense, options)
     steps = run.steps(dense, tokenizer, calibration.read_calibration("builtin"))
+    return lambda: next(steps)
+
+
+def streamed(
+    source: sources.Source, tokenizer: Any, options: argparse.Namespace
+) -> Callable[[], None]:
+    """The same, one decoder layer at a time from weights that stay in their file."""
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    dense = sources.load_model(source, mapped=True, scratch=place)
+    run, scratch = planned(dense, options), Scratch(place / "scratch", "benchmark", lasting=False)
+    steps = run.steps(dense, tokenizer, calibration.read_calibration("builtin"), ignore, scratch)
     return lambda: next(steps)
 
 
@@ -175,6 +195,16 @@ def ideal(options: argparse.Namespace) -> float:
     config = sources.load_config(sources.resolve(options.model))
     parameters = sum(p.numel() for p in sources.build_on_meta(config).parameters())
     return 6 * parameters * options.samples * options.length / matrix_speed()
+
+
+def weights_and_gradients(options: argparse.Namespace) -> tuple[float, float]:
+    """MB of them, of the whole model and of one decoder layer with the head."""
+    config = sources.load_config(sources.resolve(options.model))
+    layers = [g.parameters for g in describe_layers(config)]
+    computed, stored = machine.compute_dtype().itemsize, sources.weight_width(config)
+    head = config.vocab_size * config.hidden_size * computed
+    whole = sources.weight_bytes(config, stored) + head + sum(layers) * (computed + 4)
+    return whole / 1e6, (head + max(layers) * (computed + 4)) / 1e6
 
 
 if __name__ == "__main__":
