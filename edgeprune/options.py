@@ -29,7 +29,7 @@ class Pace:
 EFFORTS: dict[Effort, Pace] = {
     "quick": Pace(10, 64, 128),
     "balanced": Pace(25, 64, 256),
-    "best": Pace(25, 64, 2048),
+    "best": Pace(25, 64, 4096),
 }
 # Equation 6's A is a share of a layer for each iteration; the tilt of ``adapt`` is for the whole run, relative to the
 # average sparsity, so that it does not depend on how many iterations there are.
