@@ -187,7 +187,7 @@ class PruneRun:
         kept = hashlib.sha256(json.dumps([k.to_json() for k in self.kept]).encode()).hexdigest()
         dtype, batch = machine.compute_dtype(), self.options.micro_batch
         which = f"iteration {iteration} in {dtype} by {batch}, kept {kept}"
-        return scratch.waiting(self.room and self.room.hold, which, emit)
+        return scratch.waiting(self.room.hold if self.room else None, which, emit)
 
     def _measure(
         self, walk: Pass, tokens: Tensor, iteration: int, waiting: Waiting, emit: Emit

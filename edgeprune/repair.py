@@ -142,7 +142,8 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
 
     Activations come in ``dtype``, so that a bf16 product of them loses nothing but the last bits of their weighting.
     """
-    settings = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn  # its types know no matmul
+    settings = backend.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
     try:

@@ -98,9 +98,9 @@ class Waiting:
 
     def keep(self, mark: Mark) -> None:
         """Have all that waits on the disk, and ``mark`` beside it."""
-        for number, tensors in enumerate(self._stack):
-            if number not in self._written and tensors is not None:
-                self._write(number, tensors)
+        for number, held in enumerate(self._stack):
+            if number not in self._written and held is not None:
+                self._write(number, held)
         numbers = {"done": mark.done, "loss": mark.loss, "waiting": len(self._stack)}
         tensors = {f"stream.{n}": each for n, each in enumerate(mark.streams)}
         tensors |= {f"number.{name}": _float64(value) for name, value in numbers.items()}
