@@ -27,7 +27,8 @@ HELD_OUT = 4
 
 
 def refit_norm(ends: Ends, streams: Streams) -> Tensor | None:
-    """Return the final norm's new weight, (hidden size), float32; None if the old one is as good on held-out tokens.
+    """Return the final norm's new weight, (hidden size), float32; None if the old one is as good on held-out tokens
+    or there are too few to tell.
 
     Args:
         ends: of the dense model.
@@ -35,6 +36,8 @@ def refit_norm(ends: Ends, streams: Streams) -> Tensor | None:
     """
     with torch.no_grad():
         goal = _Goal.of(ends, streams)
+        if len(goal.inputs) < HELD_OUT:
+            return None
         fitted, held_out = goal.split(HELD_OUT)
         factors = torch.ones(goal.inputs.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS([factors], max_iter=STEPS, line_search_fn="strong_wolfe")

@@ -157,18 +157,16 @@ class PruneRun:
             )
             for fixed, streams in steps:
                 scratch.keep(fixed, streams, dense.dtype)
-                emit(
-                    Progress(
-                        stage=STAGE,
-                        done=streams.layer,
-                        total=len(self.groups),
-                        unit="layers repaired",
-                        note="repair",
-                    )
-                )
+                emit(self._repaired(streams.layer))
             assert streams is not None
             scratch.keep_norm(refit_norm(ends, streams), dense.dtype)
             ends.release()
+            emit(self._repaired(len(self.groups) + 1))
+
+    def _repaired(self, done: int) -> Progress:
+        total = len(self.groups) + 1  # the final norm takes as long as some layers
+        note = "final norm" if done + 1 == total else "repair"
+        return Progress(stage=STAGE, done=done, total=total, unit="layers repaired", note=note)
 
     def _repair_samples(self, emit: Emit) -> int:
         """As many sequences as were asked for, or what their activations leave room for."""

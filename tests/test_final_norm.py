@@ -77,6 +77,13 @@ def test_what_is_right_already_stays():
         torch.testing.assert_close(weight, model.model.norm.weight, atol=1e-3, rtol=1e-3)
 
 
+def test_too_few_tokens_change_nothing():
+    model = tiny.model("llama")
+    streams = streams_of(model, sequences=8)
+    few = Streams(1, [streams.pruned[0][:1, :3]], [streams.dense[0][:1, :3]])
+    assert refit_norm(Ends(model, torch.float32, CPU), few) is None
+
+
 def test_a_norm_that_fits_nothing_else_is_not_taken():
     model = tiny.model("llama")
     streams = streams_of(model, sequences=8)
