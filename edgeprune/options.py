@@ -25,7 +25,7 @@ class Pace:
     repair_samples: int
 
 
-# Only ``best`` is measured so far (benchmarks/RESULTS.md); the other two are guesses at a half and a third of its time.
+# At 40 % and on one thread: best 35 minutes, quick about 6; balanced is not measured (benchmarks/RESULTS.md).
 EFFORTS: dict[Effort, Pace] = {
     "quick": Pace(10, 64, 128),
     "balanced": Pace(25, 64, 256),
