@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from speed import matrix_speed
 
-from edgeprune import calibration, machine, sources
+from edgeprune import calibration, machine, mapped, sources
 from edgeprune.events import ignore
 from edgeprune.groups import Kept, describe_layers
 from edgeprune.iterations import PruneRun
@@ -168,22 +168,7 @@ def alone(options: argparse.Namespace) -> float:
     else:
         for step in prepared(options, {options.alone}).values():
             step()
-    return peak_memory() / 1e6
-
-
-def peak_memory() -> float:
-    """Peak resident memory of this process in bytes (Linux: ru_maxrss would include the parent's)."""
-    import psutil
-
-    info = psutil.Process().memory_full_info()
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return float(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return float(getattr(info, "peak_wset", info.rss))
+    return mapped.peak_resident() / 1e6
 
 
 def peak_of_own_process(what: str) -> float:
