@@ -5,7 +5,7 @@
 Time: all in turn in one process, A B C D A B C D; the repair is of a model without half of its channels.
 Memory: the peak of a process of its own for each, and of one that only loads the model. ``ideal`` is 6 x
 parameters x tokens over the speed of this machine's own matrix product, and for memory the weights as stored, those
-to compute with and float32 gradients of all decoder layers (streamed: of one).
+to compute with and float32 gradients of all decoder layers; the iteration has those of one layer at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 from speed import matrix_speed
 
 from edgeprune import calibration, machine, mapped, sources
-from edgeprune.events import ignore
 from edgeprune.groups import Kept, describe_layers
 from edgeprune.iterations import PruneRun
 from edgeprune.options import Options
@@ -37,7 +36,7 @@ from edgeprune.target import Target
 NAMES = {
     "plain": "plain forward and backward",
     "prune": "one iteration",
-    "stream": "one iteration, streamed",
+    "stream": "one iteration, weights in their file",
     "repair": "repair with as many tokens",
 }
 
@@ -58,8 +57,7 @@ def main() -> None:
     print(f"| loaded, nothing run | | {peaks['load']:.0f} |")
     for what, name in NAMES.items():
         print(f"| {name} | {statistics.median(seconds[what]):.2f} | {peaks[what]:.0f} |")
-    held, streamed = weights_and_gradients(options)
-    print(f"| ideal | {ideal(options):.2f} | {held:.0f} (streamed {streamed:.0f}) |")
+    print(f"| ideal | {ideal(options):.2f} | {weights_and_gradients(options):.0f} |")
     for what in ("prune", "stream", "repair"):
         ratios = [a / b for a, b in zip(seconds[what], seconds["plain"], strict=True)]
         print(
@@ -119,21 +117,23 @@ def plain(source: sources.Source, options: argparse.Namespace) -> Callable[[], N
 
 def iteration(dense: Any, tokenizer: Any, options: argparse.Namespace) -> Callable[[], None]:
     """One whole iteration, as ``prune`` makes it: draw, measure, decide, cut."""
-    run = planned(dense, options)
-    steps = run.steps(dense, tokenizer, calibration.read_calibration("builtin"))
+    run, scratch = planned(dense, options), Scratch(place(), "benchmark", lasting=False)
+    steps = run.steps(dense, tokenizer, calibration.read_calibration("builtin"), scratch)
     return lambda: next(steps)
 
 
 def streamed(
     source: sources.Source, tokenizer: Any, options: argparse.Namespace
 ) -> Callable[[], None]:
-    """The same, one decoder layer at a time from weights that stay in their file."""
-    place = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    dense = sources.load_model(source, mapped=True, scratch=place)
-    run, scratch = planned(dense, options), Scratch(place / "scratch", "benchmark", lasting=False)
-    steps = run.steps(dense, tokenizer, calibration.read_calibration("builtin"), ignore, scratch)
-    return lambda: next(steps)
+    """The same, from weights that stay in their file."""
+    return iteration(sources.load_model(source, mapped=True, scratch=place()), tokenizer, options)
+
+
+def place() -> Path:
+    """Make a folder that is removed at the end."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def repair(dense: Any, tokenizer: Any, options: argparse.Namespace) -> Callable[[], None]:
@@ -182,14 +182,13 @@ def ideal(options: argparse.Namespace) -> float:
     return 6 * parameters * options.samples * options.length / matrix_speed()
 
 
-def weights_and_gradients(options: argparse.Namespace) -> tuple[float, float]:
-    """MB of them, of the whole model and of one decoder layer with the head."""
+def weights_and_gradients(options: argparse.Namespace) -> float:
+    """MB of the whole model's weights and gradients."""
     config = sources.load_config(sources.resolve(options.model))
     layers = [g.parameters for g in describe_layers(config)]
     computed, stored = machine.compute_dtype().itemsize, sources.weight_width(config)
     head = config.vocab_size * config.hidden_size * computed
-    whole = sources.weight_bytes(config, stored) + head + sum(layers) * (computed + 4)
-    return whole / 1e6, (head + max(layers) * (computed + 4)) / 1e6
+    return (sources.weight_bytes(config, stored) + head + sum(layers) * (computed + 4)) / 1e6
 
 
 if __name__ == "__main__":

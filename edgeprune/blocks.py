@@ -1,22 +1,18 @@
 """The calibration pass: one forward and backward through the decoder, a layer at a time.
 
 Each layer runs as a block of its own: its input and output are kept, its weights are ordinary leaf tensors in the
-compute type, and its weight gradients are handed to the caller once they are complete and then dropped. That is what
-lets a model be walked that does not fit in memory as a whole.
-
-Two orders give the same figures:
-
-- *resident*: all layers forward and backward for one micro batch after the other; nothing is computed twice, and the
-  gradients of all layers are held in float32.
-- *recompute*: one layer after the other for all micro batches; only the layers' inputs are held, and each layer runs
-  forward a second time before its backward. It can go on after any layer (``waiting``).
+compute type, and its weight gradients are handed to the caller once they are complete and then dropped. All micro
+batches go through one layer before any goes through the next: only the layers' inputs are held, and each layer runs
+forward a second time before its backward. That is what lets a model be walked that does not fit in memory as a whole,
+and what lets the pass go on after any layer (``waiting``). The other order, all layers for one micro batch after the
+other, is a fifth quicker and takes 2.5 times the memory of the weights and gradients (``benchmarks/RESULTS.md``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -166,14 +162,11 @@ class Pass:
         layers: the decoder layers.
         ends: what lies before and after them.
         micro_batch: sequences at a time.
-        recompute: walk layer by layer instead of micro batch by micro batch (see the module's text).
     """
 
     layers: Layers
     ends: Ends
     micro_batch: int
-    recompute: bool = False
-    _sums: dict[int, Weights] = field(default_factory=dict)
 
     def run(
         self,
@@ -184,39 +177,14 @@ class Pass:
     ) -> float:
         """Run over ``tokens`` (sequences, length) and return the mean next-token loss (nats).
 
-        ``tick`` is told how many of the ``2 * layers * micro batches`` steps are done. When recomputing, the layers'
-        inputs are held in ``waiting``, by default in memory, and the pass goes on from where that stands.
+        ``tick`` is told how many of the ``2 * layers * micro batches`` steps are done. The layers' inputs are held in
+        ``waiting``, by default in memory, and the pass goes on from where that stands.
         """
         self._done, self._tick, self._scale = 0, tick, tokens[:, 1:].numel()
-        self._sums = {}
         batches = list(tokens.split(self.micro_batch))
-        if self.recompute:
-            return self._layer_by_layer(batches, watcher, waiting or Waiting()) / self._scale
-        return self._batch_by_batch(batches, watcher) / self._scale
+        return self._there_and_back(batches, watcher, waiting or Waiting()) / self._scale
 
-    def _batch_by_batch(self, batches: list[Tensor], watcher: Watcher) -> float:
-        total = 0.0
-        for number, tokens in enumerate(batches, start=1):
-            hidden, arguments = self.ends.start(tokens)
-            trail: list[tuple[Tensor, Tensor]] = []
-            for i in range(len(self.layers)):
-                hidden = hidden.detach().requires_grad_()
-                with watcher.listening(i, self.layers.block(i)):
-                    out = self.layers.block(i)(hidden, arguments[i])
-                watcher.boundary(i, hidden.detach(), out.detach())
-                trail.append((hidden, out))
-                hidden = out
-                self._step()
-            loss, gradient = self.ends.loss(hidden, tokens)
-            total += loss
-            for i in reversed(range(len(self.layers))):
-                before, out = trail.pop()
-                gradient = self._back(i, before, out, gradient)
-                if number == len(batches):
-                    watcher.gradients(i, self.layers.block(i), self._finish(i))
-        return total
-
-    def _layer_by_layer(self, batches: list[Tensor], watcher: Watcher, waiting: Waiting) -> float:
+    def _there_and_back(self, batches: list[Tensor], watcher: Watcher, waiting: Waiting) -> float:
         layers = len(self.layers)
         started = [self.ends.start(tokens) for tokens in batches]
         arguments = [a for _, a in started]
@@ -263,12 +231,16 @@ class Pass:
         watcher: Watcher,
     ) -> None:
         block = self.layers.block(index)
+        sums: Weights = {}
         for n, hidden in enumerate(inputs):
             before = hidden.to(self.ends.device).detach().requires_grad_()
             with watcher.listening(index, block):
                 out = block(before, arguments[n][index])
-            gradients[n] = self._back(index, before, out, gradients[n])
-        watcher.gradients(index, block, self._finish(index))
+            gradients[n], found = block.backward(out, before, gradients[n])
+            _add(sums, found)
+            self._step()
+        # of the mean loss; the loss was summed, which keeps bf16 gradients far from underflow
+        watcher.gradients(index, block, {name: g.div_(self._scale) for name, g in sums.items()})
 
     @staticmethod
     def _stand(mark: Mark, watcher: Watcher, waiting: Waiting) -> None:
@@ -278,21 +250,15 @@ class Pass:
             mark.figures = watcher.figures()
             waiting.keep(mark)
 
-    def _back(self, index: int, before: Tensor, out: Tensor, gradient: Tensor) -> Tensor:
-        result, found = self.layers.block(index).backward(out, before, gradient)
-        sums = self._sums.get(index)
-        if sums is None:
-            self._sums[index] = {name: g.float() for name, g in found.items()}
-        else:
-            for name, g in found.items():
-                sums[name] += g
-        self._step()
-        return result
-
-    def _finish(self, index: int) -> Weights:
-        """Gradients of the mean loss; the loss was summed, which keeps bf16 gradients far from underflow."""
-        return {name: g.div_(self._scale) for name, g in self._sums.pop(index).items()}
-
     def _step(self) -> None:
         self._done += 1
         self._tick(self._done)
+
+
+def _add(sums: Weights, found: Weights) -> None:
+    """Sum in float32."""
+    for name, gradient in found.items():
+        if name in sums:
+            sums[name] += gradient
+        else:
+            sums[name] = gradient.float()

@@ -173,7 +173,7 @@ def prune(
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Read one decoder layer at a time from the files; by itself where memory asks for it.",
+            help="Leave the weights in their files until they are used; by itself where memory asks for it.",
         ),
     ] = None,
     memory_budget: MemoryBudget = None,

@@ -42,7 +42,7 @@ class Footprint:
         stored: bytes of a weight as stored.
         computed: bytes of a weight to compute with.
         process: bytes that the process fills already.
-        streamed: one decoder layer at a time, instead of the model in memory.
+        streamed: the weights stay in their files, instead of the model in memory.
         unpacked: from a GGUF, which is made into ordinary weights first.
     """
 
@@ -123,13 +123,9 @@ class Footprint:
         return self.base + head + self.weights + logits + rows + self.boundaries
 
     def backward(self) -> int:
-        """A layer, its gradients in float32, those of a micro batch, and three streams; or all layers at once."""
-        if self.streamed:
-            gradients = self.layer * (4 + self.computed)
-            return self.base + self.weights + gradients + self.activations + self.boundaries
-        decoder = sum(g.parameters for g in self.groups) * (self.computed + 4)
-        trail = len(self.groups) * self.activations
-        return self.base + decoder + self.weights + self.table * self.computed + trail
+        """A layer, its gradients in float32, those of a micro batch, and three streams."""
+        gradients = self.layer * (4 + self.computed)
+        return self.base + self.weights + gradients + self.activations + self.boundaries
 
     def repairing(self, sequences: int) -> int:
         """A layer whole and cut, all activations of its projections, and their moments (``repair.Moments``)."""
@@ -202,7 +198,7 @@ def fit(
         config: its config.
         groups: of its layers.
         options: of the run.
-        stream: one decoder layer at a time; None: where the model does not fit as a whole.
+        stream: leave the weights in their files; None: where the model does not fit as a whole.
         memory_budget: bytes that the process may fill; None: a good part of what is free.
     """
     process, given = mapped.resident(), memory_budget is not None

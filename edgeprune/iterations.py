@@ -97,21 +97,18 @@ class PruneRun:
         dense: Any,
         tokenizer: Any,
         corpus: texts.Calibration,
+        scratch: Scratch,
         emit: Emit = ignore,
-        scratch: Scratch | None = None,
     ) -> Iterator[PruneIteration]:
         """Run the iterations that are left, one each time the next is asked for.
 
-        With ``scratch`` one decoder layer is in memory at a time; the rest of the pass is there or waits in the
-        scratch, and goes on from it.
+        What of a pass does not fit in the memory waits in ``scratch``, and a pass that was killed goes on from there.
         """
         options = self.options
         device, dtype = machine.pick_device(), machine.compute_dtype()
         with _attention(dense, options.length):
-            streamed = scratch is not None
-            layers = CutLayers(dense, self.groups, self.kept, dtype, device, streamed=streamed)
-            ends = Ends(dense, dtype, device)
-            walk = Pass(layers, ends, options.micro_batch, recompute=streamed)
+            layers = CutLayers(dense, self.groups, self.kept, dtype, device)
+            walk = Pass(layers, Ends(dense, dtype, device), options.micro_batch)
             for iteration in range(len(self.losses) + 1, options.iterations + 1):
                 started = time.monotonic()
                 tokens = corpus.draw(
@@ -140,7 +137,7 @@ class PruneRun:
         family, everything = family_of(config), [g.everything() for g in self.groups]
         with _attention(dense, options.length):
             cut_layers, whole_layers = (
-                CutLayers(dense, self.groups, kept, dtype, device, streamed=True)
+                CutLayers(dense, self.groups, kept, dtype, device)
                 for kept in (self.kept, everything)
             )
             ends, streams = Ends(dense, dtype, device), scratch.streams(samples)
@@ -178,9 +175,7 @@ class PruneRun:
         emit(Note(text=text, level="warning"))
         return most
 
-    def _waiting(self, scratch: Scratch | None, iteration: int, emit: Emit) -> Waiting:
-        if scratch is None:
-            return Waiting()
+    def _waiting(self, scratch: Scratch, iteration: int, emit: Emit) -> Waiting:
         # the figures of a pass follow from these and from what the scratch belongs to
         kept = hashlib.sha256(json.dumps([k.to_json() for k in self.kept]).encode()).hexdigest()
         dtype, batch = machine.compute_dtype(), self.options.micro_batch

@@ -1,7 +1,7 @@
 """The decoder layers of a pruning run: dense weights cut to what is kept, ready to run as blocks.
 
-Either all of them are held in memory, or one at a time is made from weights that stay in their files
-(``mapped``). Which of the two changes nothing in the figures.
+One at a time is made, from dense weights in memory or in their files (``mapped``). Which of the two changes nothing in
+the figures.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ from edgeprune.nonuniform import build_layer
 
 
 class CutLayers:
-    """Decoder layers cut to what is kept, in the type to compute in.
+    """Decoder layers cut to what is kept, in the type to compute in; made anew whenever another one is asked for.
 
     Args:
-        dense: the dense model; mapped or in memory.
+        dense: the dense model; mapped or in memory. Pages of mapped weights are given back.
         groups: its groups, one a layer.
         kept: what each layer keeps.
         dtype: the type to compute in.
         device: the device to compute on.
-        streamed: hold one layer at a time, made anew from the dense weights whenever it is asked for, and give the
-            pages of mapped weights back.
     """
 
     def __init__(
@@ -37,14 +35,10 @@ class CutLayers:
         kept: list[Kept],
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        streamed: bool = False,
     ) -> None:
         self._dense, self._groups = dense, groups
         self._dtype, self._device = dtype, device
-        self._streamed = streamed
         self._last = 0
-        self._held: dict[int, Block] = {}
         self.cut(kept)
 
     def __len__(self) -> int:
@@ -54,16 +48,15 @@ class CutLayers:
         """Cut the dense weights anew."""
         self._kept = kept
         self._config = pruned_config(self._dense.config, kept)
-        self._held.clear()
+        self._held: Block | None = None
 
     def block(self, index: int) -> Block:
         """Return layer ``index``."""
-        if index not in self._held:
-            if self._streamed:
-                self._held.clear()
-                self._read_ahead(index)
-            self._held[index] = self._cut(index)
-        return self._held[index]
+        if self._held is None or index != self._last:
+            self._held = None  # before the next one is made
+            self._read_ahead(index)
+            self._held = self._cut(index)
+        return self._held
 
     def _read_ahead(self, index: int) -> None:
         """Give the layer before back and have the one behind it read, in whichever direction the pass goes."""
@@ -82,13 +75,10 @@ class CutLayers:
         scored = {part.parameter for h in HALVES for part in self._groups[index].parts[h]}
         weights = cut(whole(layer), self._groups[index], self._kept[index])
         ready = {
-            name: weights[name]
-            .to(self._device, self._dtype, copy=not self._streamed)
-            .requires_grad_(name in scored)
+            name: weights[name].to(self._device, self._dtype).requires_grad_(name in scored)
             for name, _ in module.named_parameters()
         }
-        if self._streamed:
-            mapped.release(layer)  # what was copied is not needed; what was not is read again
+        mapped.release(layer)  # what was copied is not needed; what was not is read again
         return Block(module, ready)
 
 

@@ -54,7 +54,7 @@ def prune(
         precision: of the export that ``memory`` means: int4, int8, fp16, fp32.
         calibration: text to measure importance on; see ``texts.read_texts``.
         effort: quick, balanced or best; what ``options`` leaves open of iterations and samples.
-        stream: read one decoder layer at a time from the files; by default where the memory asks for it.
+        stream: leave the weights in their files until they are used; by default where the memory asks for it.
         memory_budget: bytes that the run may take; by default a good part of what is free.
         state: file that makes the run resumable: the same call goes on from it, and removes it at the end.
         revision: branch, tag or commit on the Hub.
@@ -90,7 +90,7 @@ def prune(
     with _opened(source, streamed, emit) as dense, _scratch(output, state, what) as scratch:
         if state is not None and state.is_file():
             state_file.load(run, state, what, emit)
-        for step in run.steps(dense, tokenizer, corpus, emit, scratch if streamed else None):
+        for step in run.steps(dense, tokenizer, corpus, scratch, emit):
             if state is not None:
                 state_file.save(run, state, what)
             emit(step)

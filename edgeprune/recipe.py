@@ -99,7 +99,7 @@ class PruneSection(_Section):
     skip_layers: list[Annotated[int, Field(ge=0)]] = []
     """Decoder layers to leave as they are, counted from 0."""
     stream: bool | None = None
-    """Read one decoder layer at a time from the files; absent: where memory asks for it."""
+    """Leave the weights in their files until they are used; absent: where memory asks for it."""
     memory_budget: Bytes | None = None
     """Memory that pruning may take: "6GB"; absent: a good part of what is free."""
 

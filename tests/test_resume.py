@@ -81,7 +81,7 @@ def killing(at):
 def measured(model, waiting, element="taylor", stop_at=None):
     groups = describe_layers(model.config)
     kept = [g.everything() for g in groups]
-    layers = CutLayers(model, groups, kept, torch.float32, CPU, streamed=True)
+    layers = CutLayers(model, groups, kept, torch.float32, CPU)
     watcher = ImportanceWatcher(groups, kept, element_measure=element)
     tokens = torch.randint(3, 300, (5, 16), generator=torch.Generator().manual_seed(0))
 
@@ -90,7 +90,7 @@ def measured(model, waiting, element="taylor", stop_at=None):
             raise Killed
 
     with waiting:
-        walk = Pass(layers, Ends(model, torch.float32, CPU), 2, recompute=True)
+        walk = Pass(layers, Ends(model, torch.float32, CPU), 2)
         loss = walk.run(tokens, watcher, tick, waiting)
     return loss, watcher.by_layer, [t for half in HALVES for t in watcher.by_group[half]]
 
