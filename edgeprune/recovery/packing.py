@@ -247,6 +247,7 @@ def prepare(
         streams = _streams(found, encode, tokens + held_out, seed, emit)
         with _appearing_whole(folder) as unfinished:
             _pack(streams, encode, unfinished, length, {HELD_OUT: held_out, TRAINING: tokens}, emit)
+            _tell_skipped(streams, emit)
             used = [
                 {
                     **asdict(source),
@@ -333,6 +334,13 @@ def _pack(
 def _turn(streams: Sequence[Stream], given: Sequence[int]) -> int:
     """Return the number of the source that is furthest behind its weight."""
     return min(range(len(streams)), key=lambda n: given[n] / streams[n].source.weight)
+
+
+def _tell_skipped(streams: Sequence[Stream], emit: Emit) -> None:
+    for stream in streams:
+        if stream.skipped.rows:
+            text = f"{stream.source.spec}: {stream.skipped.rows:,} rows without text were skipped"
+            emit(Note(level="warning", text=text))
 
 
 class _Teller:
