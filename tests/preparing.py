@@ -8,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from edgeprune.events import Event, Progress
 from edgeprune.recovery.mixture import parse_sources
 from edgeprune.recovery.packing import prepare
-from tests import tiny
 
 
-def main(source: str, cache: str, dies: str) -> None:
+def main(source: str, tokenizer: str, cache: str, dies: str) -> None:
     heard = 0
 
     def emit(event: Event) -> None:
@@ -25,12 +26,12 @@ def main(source: str, cache: str, dies: str) -> None:
             if dies == "dies" and heard == 20:
                 os._exit(9)  # as if killed: nothing is cleaned up
 
-    tokenizer = tiny.tokenizer()
+    loaded = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     print("ready", flush=True)
     sys.stdin.readline()
     training, _ = prepare(
         parse_sources([source]),
-        tokenizer,
+        loaded,
         tokens=4000,
         length=32,
         held_out=200,

@@ -323,7 +323,7 @@ def test_skipped_rows_are_told(tmp_path, tokenizer):
     with Path(source.spec).open("a") as file:
         file.write('\n{"text": null}\n{"title": "x"}\n')
     *_, events = made(tmp_path, tokenizer, source)
-    assert notes(events)[-1].endswith("a.jsonl: 2 rows without text were skipped")
+    assert notes(events)[-1].endswith("a.jsonl: rows without text that were skipped: 2")
 
 
 def test_rows_that_are_all_bad_are_refused_and_leave_nothing(tmp_path, tokenizer):
@@ -473,9 +473,11 @@ def test_a_data_set_of_the_hub_is_named_by_its_commit(tmp_path, tokenizer, monke
 def test_of_two_processes_one_prepares_also_after_one_was_killed(tmp_path, tokenizer):
     source = source_of(tmp_path, "a", count=400)
     cache = tmp_path / "cache"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
 
     def start(how):
-        command = [sys.executable, "-m", "tests.preparing", source.spec, str(cache), how]
+        arguments = (source.spec, tmp_path / "tokenizer", cache, how)
+        command = [sys.executable, "-m", "tests.preparing", *map(str, arguments)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=ROOT, **pipes)
 

@@ -339,7 +339,7 @@ def _turn(streams: Sequence[Stream], given: Sequence[int]) -> int:
 def _tell_skipped(streams: Sequence[Stream], emit: Emit) -> None:
     for stream in streams:
         if stream.skipped.rows:
-            text = f"{stream.source.spec}: {stream.skipped.rows:,} rows without text were skipped"
+            text = f"{stream.source.spec}: rows without text that were skipped: {stream.skipped.rows:,}"
             emit(Note(level="warning", text=text))
 
 
