@@ -277,7 +277,7 @@ def _first(row: Mapping[str, Any], columns: Sequence[str]) -> str:
 
 def _chat(row: Mapping[str, Any]) -> list[Message] | None:
     """Return a row's chat; None if it has none, or one of its turns is not whole."""
-    turns = next((row[name] for name in CHATS if isinstance(row.get(name), list)), [])
+    turns: list[Any] = next((row[name] for name in CHATS if isinstance(row.get(name), list)), [])
     messages = [_message(turn) for turn in turns]
     # an empty system prompt says nothing; any other empty turn is a hole
     whole = [m for m in messages if m and (m["content"] or m["role"] != "system")]

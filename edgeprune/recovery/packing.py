@@ -52,7 +52,7 @@ class Batch:
 
     input_ids: Tensor
     labels: Tensor
-    """The next token at each place; -100 where it is of another document, or padding."""
+    """The next token at each place, so already shifted; -100 where it is of another document, or padding."""
     positions: Tensor
     """Places since the document, or the sequence, began."""
     documents: Tensor
@@ -213,8 +213,7 @@ def prepare(
     """
     _check(sources, tokens, length, held_out)
     encode = Encoder(tokenizer)
-    earlier = _earlier_revisions(cache)
-    found = [_looked_up(source, earlier, emit) for source in sources]
+    found = [_looked_up(source, cache, emit) for source in sources]
     for source, _ in found:
         emit(Note(text=f"{source.spec}: licence {source.licence or 'not known'}"))
     whole = sum(source.weight for source in sources)
@@ -231,35 +230,15 @@ def prepare(
         "seed": seed,
     }
     folder = cache / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
-    if not folder.is_dir():
-        needed = (tokens + held_out) * encode.dtype.itemsize
-        _check_room(cache, needed)
-    else:
-        ready = _opened(folder)
-        if ready:
-            return ready
+    ready = _opened(folder)
+    if ready:
+        return ready
+    _check_room(cache, (tokens + held_out) * encode.dtype.itemsize)
     with _alone(folder, emit):
-        ready = _opened(folder)
-        if ready:
-            return ready
-        if folder.is_dir():
-            emit(Note(level="warning", text=f"{folder} is damaged: it is made anew"))
-        streams = _streams(found, encode, tokens + held_out, seed, emit)
-        with _appearing_whole(folder) as unfinished:
-            _pack(streams, encode, unfinished, length, {HELD_OUT: held_out, TRAINING: tokens}, emit)
-            _tell_skipped(streams, emit)
-            used = [
-                {
-                    **asdict(source),
-                    "revision": revision,
-                    "tokens_read": stream.tokens,
-                    "times_begun": stream.epochs + 1,
-                    "rows_skipped": stream.skipped.rows,
-                }
-                for (source, revision), stream in zip(found, streams, strict=True)
-            ]
-            _write_json(unfinished / MIXTURE, {**what, "used": used})
-    return Packed(folder / TRAINING), Packed(folder / HELD_OUT)
+        ready = _opened(folder)  # by the process that was waited for
+        if not ready:
+            _make(folder, what, found, encode, emit)
+    return ready or (Packed(folder / TRAINING), Packed(folder / HELD_OUT))
 
 
 def _check(sources: Sequence[DataSource], tokens: int, length: int, held_out: int) -> None:
@@ -280,27 +259,45 @@ def _opened(folder: Path) -> tuple[Packed, Packed] | None:
         return None
 
 
-def _streams(
+def _make(
+    folder: Path,
+    what: Mapping[str, Any],
     found: Sequence[tuple[DataSource, str | None]],
     encode: Encoder,
-    tokens: int,
-    seed: int,
     emit: Emit,
-) -> list[Stream]:
-    whole = sum(source.weight for source, _ in found)
+) -> None:
+    """Read the sources into ``folder``; ``what`` names the numbers, and is kept there with what was read."""
+    if folder.is_dir():
+        emit(Note(level="warning", text=f"{folder} is damaged: it is made anew"))
+    parts = {HELD_OUT: what["held_out"], TRAINING: what["tokens"]}
+    whole, tokens = sum(source.weight for source, _ in found), sum(parts.values())
     held_out: set[bytes] = set()
-    return [
+    streams = [
         Stream(
             source,
             revision,
             encode,
             wanted=round(tokens * source.weight / whole),
-            seed=f"{seed} {n}",
+            seed=f"{what['seed']} {n}",
             held_out=held_out,
             emit=emit,
         )
         for n, (source, revision) in enumerate(found)
     ]
+    with _appearing_whole(folder) as unfinished:
+        _pack(streams, encode, unfinished, what["length"], parts, emit)
+        used = [
+            {
+                **asdict(stream.source),
+                "revision": revision,
+                "tokens_read": stream.tokens,
+                "times_begun": stream.epochs + 1,
+                "rows_skipped": stream.skipped.rows,
+            }
+            for (_, revision), stream in zip(found, streams, strict=True)
+        ]
+        _write_json(unfinished / MIXTURE, {**what, "used": used})
+    _tell_skipped(streams, emit)
 
 
 def _pack(
@@ -361,29 +358,27 @@ class _Teller:
 # ---- what the cache is named by
 
 
-def _looked_up(
-    source: DataSource, earlier: Mapping[str, str], emit: Emit
-) -> tuple[DataSource, str | None]:
+def _looked_up(source: DataSource, cache: Path, emit: Emit) -> tuple[DataSource, str | None]:
     """Return a source with its licence, and its commit: without the Hub the one that is in the cache."""
     try:
         return look_up(source)
     except Unreachable as error:
-        if source.spec not in earlier:
+        revision = _earlier_revision(source.spec, cache)
+        if revision is None:
             raise
-        revision = earlier[source.spec]
         text = f"{error}; going on with what was prepared of its commit {revision[:12]}"
         emit(Note(level="warning", text=text))
         return source, revision
 
 
-def _earlier_revisions(cache: Path) -> dict[str, str]:
-    """Return the commit of each data set of the Hub that was last prepared here, by its source."""
-    found: dict[str, str] = {}
-    for path in sorted(cache.glob(f"*/{MIXTURE}"), key=lambda path: path.stat().st_mtime):
+def _earlier_revision(spec: str, cache: Path) -> str | None:
+    """Return the commit of a data set of the Hub that was last prepared here."""
+    for path in sorted(cache.glob(f"*/{MIXTURE}"), key=os.path.getmtime, reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            used = json.loads(path.read_text(encoding="utf-8"))["used"]
-            found |= {each["spec"]: each["revision"] for each in used if each["revision"]}
-    return found
+            for each in json.loads(path.read_text(encoding="utf-8"))["used"]:
+                if each["spec"] == spec and each["revision"]:
+                    return str(each["revision"])
+    return None
 
 
 def _content(source: DataSource, revision: str | None, emit: Emit) -> str:
