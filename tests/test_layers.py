@@ -49,7 +49,7 @@ def test_every_module_is_the_engines_or_the_screens() -> None:
     modules -= {"edgeprune.__init__"}
     unlisted = modules - engine - SCREEN
     assert not unlisted, "add them to source_modules of the first contract in pyproject.toml"
-    assert engine - modules == {"edgeprune.exporters", "edgeprune.profiles"}
+    assert engine - modules == {"edgeprune.exporters", "edgeprune.profiles", "edgeprune.recovery"}
 
 
 def test_the_runner_needs_only_what_a_board_has() -> None:
