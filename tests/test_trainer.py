@@ -39,7 +39,8 @@ def settings(steps=6, **others):
 
 
 def trainer(family="llama", asked=None, data=None, **others):
-    return Trainer(tiny.model(family), asked or settings(), data or packed(), **others)
+    data = packed() if data is None else data
+    return Trainer(tiny.model(family), asked or settings(), data, **others)
 
 
 def steps_of(events):
@@ -308,7 +309,7 @@ def test_an_exploding_loss_stops_at_the_last_good_checkpoint(tmp_path):
         ({"asked": settings(distill=0.5)}, "no teacher"),
         ({"data": packed(0)}, "not one sequence"),
         ({"asked": settings(distill=0.5), "teacher": tiny.model("llama", vocab_size=100)}, "vocabulary"),
-        ({"asked": settings(batch=0)}, "batch"),
+        ({"asked": Training(1000, length=32, batch=0)}, "batch"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(wrong, named):

@@ -111,9 +111,9 @@ class _HeadLoss(torch.autograd.Function):
             if by_hidden is not None:
                 by_hidden.index_copy_(0, chunk, gradient @ weight)
             if by_weight is not None:
-                by_weight.add(gradient.T, inputs)
+                by_weight.add(weight_gradient(gradient, inputs))
             if by_bias is not None:
-                by_bias.add(gradient.T, gradient.new_ones(len(gradient)))
+                by_bias.add(gradient.sum(0, dtype=torch.float32))
         totals = (None if each is None else each.total() for each in (by_weight, by_bias))
         ctx.save_for_backward(by_hidden, *totals)
         ctx.mark_non_differentiable(parts)
@@ -129,14 +129,13 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Sum:
-    """A sum of matrix products in float32, given back in its parameter's type. One product alone is not copied."""
+    """A sum in float32, given back in its parameter's type. One term alone is not copied."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._sum: Tensor | None = None
 
-    def add(self, left: Tensor, right: Tensor) -> None:
-        product = left @ right
+    def add(self, product: Tensor) -> None:
         if self._sum is None:
             self._sum = product
         else:
@@ -146,6 +145,18 @@ class _Sum:
         if self._sum is None:
             return torch.zeros_like(self._like)
         return self._sum.to(self._like.dtype)
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """Return gradient^T x of (tokens, outputs) and (tokens, inputs).
+
+    CPUs multiply bfloat16 with a transposed left side at half speed: the smaller of the two is transposed first.
+    """
+    if gradient.device.type != "cpu" or gradient.dtype != torch.bfloat16:
+        return gradient.t() @ x
+    if gradient.shape[1] <= x.shape[1]:
+        return gradient.t().contiguous() @ x
+    return (x.t().contiguous() @ gradient).t()
 
 
 def _chunk(

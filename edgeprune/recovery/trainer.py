@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from edgeprune import machine
 from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.events import Emit, Evaluation, Note, TrainStep, ignore
-from edgeprune.recovery import checkpoints, memory
+from edgeprune.recovery import checkpoints, kernels, memory
 from edgeprune.recovery.loss import IGNORED
 from edgeprune.recovery.objective import Objective, head_of, without_dropout
 from edgeprune.recovery.packing import Batch, Packed
@@ -33,6 +33,8 @@ from edgeprune.recovery.weights import Replica
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # A loss this far above its own course, in nats, this many updates in a row, is not coming back by itself.
 EXPLODED, EXPLODED_STEPS = 2.0, 3
+# Floating-point operations of a training from which on the minutes of a compiler are well spent.
+WORTH_COMPILING = 5e14
 # How much of the course is the past.
 COURSE = 0.9
 
@@ -152,14 +154,26 @@ class Trainer:
             EdgepruneError: the loss is not a number or explodes, or the disk is full; says what to go on from.
         """
         until = self.settings.steps if until is None else min(until, self.settings.steps)
-        if self.step >= until:
-            return
-        while self.step < until:
-            due = self._train_step()
-            if self._is_time_to_evaluate():
-                self.evaluate()
-            if self._folder is not None and (due or self.step == until):
-                self.save(self._folder)
+        with self._fused():
+            while self.step < until:
+                due = self._train_step()
+                if self._is_time_to_evaluate():
+                    self.evaluate()
+                if self._folder is not None and (due or self.step == until):
+                    self.save(self._folder)
+
+    @contextmanager
+    def _fused(self) -> Iterator[None]:
+        length = self.settings.length
+        flops = 6 * sum(m.numel() for m in self._weights.masters.values()) * self.settings.tokens
+        compiled = flops >= WORTH_COMPILING
+        with ExitStack() as stack:
+            stack.enter_context(kernels.fused(self.model, length, compiled=compiled))
+            if self._teacher is not None:
+                stack.enter_context(
+                    kernels.fused(self._teacher, length, compiled=compiled, attention=False)
+                )
+            yield
 
     def _is_time_to_evaluate(self) -> bool:
         if self._held_out is None:
