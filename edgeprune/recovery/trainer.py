@@ -28,7 +28,7 @@ from edgeprune.recovery.objective import Objective, head_of, without_dropout
 from edgeprune.recovery.packing import Batch, Packed
 from edgeprune.recovery.peak import matmul_peak
 from edgeprune.recovery.settings import Training
-from edgeprune.recovery.weights import Replica
+from edgeprune.recovery.weights import Replica, Shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # A loss this far above its own course, in nats, this many updates in a row, is not coming back by itself.
@@ -55,6 +55,8 @@ class Trainer:
         minutes: between two checkpoints.
         emit: hears ``TrainStep`` and ``Evaluation``, in the main process only.
         accelerator: of Hugging Face accelerate; by default one that follows how the process was launched.
+        sharded: spread weights, gradients and moments over the processes (FSDP2) instead of having all of them
+            in each; by default as ``accelerate`` was configured.
         force: train even though the memory seems too small.
 
     Attributes:
@@ -77,6 +79,7 @@ class Trainer:
         minutes: float = 10.0,
         emit: Emit = ignore,
         accelerator: Any = None,
+        sharded: bool | None = None,
         force: bool = False,
     ) -> None:
         settings.check()
@@ -87,9 +90,18 @@ class Trainer:
         self._device = self._accelerator.device
         self._dtype = machine.compute_dtype(self._device)
         self._emit = emit if self._accelerator.is_main_process else ignore
+        self._sharded = _is_fsdp(self._accelerator) if sharded is None else sharded
         self._check(model, teacher)
         self._micro_batch = memory.fitting_micro_batch(
-            model, settings, teacher, self._device, self._dtype, self._processes, force, self._emit
+            model,
+            settings,
+            teacher,
+            self._device,
+            self._dtype,
+            self._processes,
+            shards=self._processes if self._sharded else 1,
+            force=force,
+            emit=self._emit,
         )
         self._teacher = _frozen(teacher, self._device, self._dtype) if settings.distill else None
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -133,7 +145,11 @@ class Trainer:
         if settings.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._objective = Objective(model, self._teacher, settings.distill, settings.temperature)
-        self._weights = Replica(model, self._device, self._dtype)
+        self._weights: Replica | Shards = (
+            Shards(self._objective, model, self._device, self._dtype, self._processes)
+            if self._sharded
+            else Replica(model, self._device, self._dtype)
+        )
         self._optimizer = _adamw(self._weights.masters, settings)
         self._course: float | None = None
         self._above = 0
@@ -439,6 +455,12 @@ def _launched() -> Any:
     from accelerate import Accelerator
 
     return Accelerator()
+
+
+def _is_fsdp(accelerator: Any) -> bool:
+    from accelerate.utils import DistributedType
+
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
 
 
 def _frozen(teacher: Any, device: torch.device, dtype: torch.dtype) -> Any:

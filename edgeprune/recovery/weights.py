@@ -80,3 +80,77 @@ def _into(place: Tensor) -> Any:
         parameter.grad = None
 
     return add
+
+
+class Shards:
+    """Weights, gradients and moments spread over the processes: FSDP2 (torch's ``fully_shard``), a layer at a time.
+
+    The model's own parameters are the float32 masters, of which each process holds a part; they are gathered in the
+    compute type where they are used. Interface as ``Replica``.
+
+    Args:
+        objective: the module whose forward pass is all of the work, so that everything is gathered inside of it.
+        model: the student in it.
+        device: of this process.
+        dtype: to compute in.
+        processes: how many there are.
+    """
+
+    def __init__(
+        self, objective: nn.Module, model: Any, device: torch.device, dtype: torch.dtype, processes: int
+    ) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        for parameter in model.parameters():
+            parameter.data = parameter.detach().to(device, torch.float32, copy=True)
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        model.to(device)
+        how: dict[str, Any] = {
+            "mesh": init_device_mesh(device.type, (processes,)),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        }
+        for layer in model.model.layers:
+            fully_shard(layer, **how)
+        fully_shard(objective, **how)
+        self._device, self._processes = device, processes
+        self.masters: dict[str, nn.Parameter] = dict(model.named_parameters())
+
+    def zero(self) -> None:
+        """Forget the gradients."""
+        for master in self.masters.values():
+            master.grad = None
+
+    def finish(self, scale: float, clip: float, _accelerator: Any) -> float:
+        """Multiply the gradients by ``scale``, clip them; return their norm before."""
+        scale *= self._processes  # fully_shard gives the mean over the processes
+        gradients = [_local(m.grad) for m in self.masters.values() if m.grad is not None]
+        squares = torch.stack([g.square().sum() for g in gradients]).sum()
+        torch.distributed.all_reduce(squares)
+        norm = float(squares.sqrt()) * scale
+        torch._foreach_mul_(gradients, scale * min(1.0, clip / (norm + 1e-6)))
+        return norm
+
+    def publish(self) -> None:
+        """Nothing to do: the masters are rounded when they are gathered."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Return all of a master, or of a tensor laid out as one; to be called by all processes."""
+        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+        return full
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what this process holds of a whole tensor, on its device."""
+        from torch.distributed.tensor import distribute_tensor
+
+        like: Any = self.masters[name]
+        return distribute_tensor(tensor.to(self._device), like.device_mesh, like.placements)
+
+    def release(self) -> None:
+        """Let the model go: its weights stay spread."""
+
+
+def _local(tensor: Any) -> Tensor:
+    found: Tensor = tensor.to_local()
+    return found
