@@ -25,7 +25,9 @@ SETTINGS = Training(
 )
 
 
-def train(folder: Path | None, last: int) -> tuple[list[tuple[int, float, float]], dict[str, torch.Tensor]]:
+def train(
+    folder: Path | None, last: int
+) -> tuple[list[tuple[int, float, float]], dict[str, torch.Tensor]]:
     told = []
 
     def emit(event) -> None:
@@ -35,7 +37,9 @@ def train(folder: Path | None, last: int) -> tuple[list[tuple[int, float, float]
                 os.kill(os.getpid(), signal.SIGKILL)
 
     # a checkpoint after each step: minutes=0
-    trainer = Trainer(tiny.model("llama"), SETTINGS, packed(), folder=folder, minutes=0.0, emit=emit)
+    trainer = Trainer(
+        tiny.model("llama"), SETTINGS, packed(), folder=folder, minutes=0.0, emit=emit
+    )
     if folder is not None and checkpoints.latest(folder):
         trainer.load(folder)
     trainer.run()

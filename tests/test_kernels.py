@@ -49,5 +49,7 @@ def test_the_gate_is_silu_times_up():
     wanted = torch.nn.functional.silu(gate) * up
     found = kernels._Gate.apply(gate, up, kernels._as_written)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
-    for a, b in zip(*(torch.autograd.grad(y, (gate, up), gradient) for y in (found, wanted)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(y, (gate, up), gradient) for y in (found, wanted)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)

@@ -17,7 +17,10 @@ TOKENS, HIDDEN, VOCABULARY = 37, 12, 50
 
 def parts(seed=0, bias=True, hidden=HIDDEN):
     chance = torch.Generator().manual_seed(seed)
-    made = [torch.randn(TOKENS, hidden, generator=chance), torch.randn(VOCABULARY, hidden, generator=chance)]
+    made = [
+        torch.randn(TOKENS, hidden, generator=chance),
+        torch.randn(VOCABULARY, hidden, generator=chance),
+    ]
     made += [torch.randn(VOCABULARY, generator=chance)] if bias else []
     return [each.requires_grad_() for each in made]
 
@@ -36,13 +39,18 @@ def _rows_at_a_time(request, monkeypatch):
 @pytest.mark.usefixtures("_rows_at_a_time")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("divisor", [1.0, 3.0])
-@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (0.4, 1.0), (0.7, 2.5), (1.0, 0.5)])
+@pytest.mark.parametrize(
+    ("weight", "temperature"), [(0.0, 1.0), (0.4, 1.0), (0.7, 2.5), (1.0, 0.5)]
+)
 def test_the_chunked_loss_is_torchs(bias, divisor, weight, temperature):
     ours, theirs = parts(bias=bias), parts(bias=bias)
     teachers = [each.detach() for each in parts(seed=1, bias=False, hidden=HIDDEN + 3)]
     teaching = Teaching(teachers[0], Head(teachers[1], None, 2.0), weight, temperature)
     total, found = head_loss(
-        ours[0], Head(*ours[1:], *([None] * (not bias)), divisor), labels(), teaching if weight else None
+        ours[0],
+        Head(*ours[1:], *([None] * (not bias)), divisor),
+        labels(),
+        teaching if weight else None,
     )
     (total * 2).backward()
 
@@ -53,7 +61,10 @@ def test_the_chunked_loss_is_torchs(bias, divisor, weight, temperature):
     if weight:
         target = functional.log_softmax((teachers[0] @ teachers[1].T)[kept] / 2.0 / temperature, -1)
         divergence = functional.kl_div(
-            functional.log_softmax(logits / temperature, -1), target, log_target=True, reduction="sum"
+            functional.log_softmax(logits / temperature, -1),
+            target,
+            log_target=True,
+            reduction="sum",
         )
         assert float(found[1]) == pytest.approx(divergence.item(), rel=1e-5, abs=1e-4)
         wanted = (1 - weight) * wanted + weight * temperature**2 * divergence
@@ -71,7 +82,10 @@ def test_a_batch_without_labels_costs_nothing():
 
 
 def test_bfloat16_gradients_come_near():
-    exact, rounded = parts(bias=False), [each.detach().bfloat16().requires_grad_() for each in parts(bias=False)]
+    exact, rounded = (
+        parts(bias=False),
+        [each.detach().bfloat16().requires_grad_() for each in parts(bias=False)],
+    )
     for each in (exact, rounded):
         head_loss(each[0], Head(each[1]), labels())[0].backward()
     for a, b in zip(rounded, exact, strict=True):
@@ -82,7 +96,9 @@ def test_bfloat16_gradients_come_near():
 @pytest.mark.usefixtures("_rows_at_a_time")
 def test_the_measured_loss_is_torchs():
     hidden, weight, bias = parts()
-    wanted = functional.cross_entropy(functional.linear(hidden, weight, bias), labels(), reduction="sum")
+    wanted = functional.cross_entropy(
+        functional.linear(hidden, weight, bias), labels(), reduction="sum"
+    )
     torch.testing.assert_close(cross_entropy(hidden, Head(weight, bias), labels()), wanted.detach())
 
 
@@ -112,7 +128,13 @@ def test_small_budgets_get_enough_updates(tokens):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"batch": 0}, {"distill": 1.5}, {"learning_rate": float("nan")}, {"min_learning_rate": 1.0}, {"warmup": 0.95}],
+    [
+        {"batch": 0},
+        {"distill": 1.5},
+        {"learning_rate": float("nan")},
+        {"min_learning_rate": 1.0},
+        {"warmup": 0.95},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):

@@ -52,7 +52,10 @@ def pruned(family="llama"):
     model = tiny.model(family)
     groups = describe_layers(model.config)
     kept = [
-        Kept(torch.arange(max(1, g.count["attention"] - i % 2)), torch.arange(0, g.count["mlp"], 1 + i))
+        Kept(
+            torch.arange(max(1, g.count["attention"] - i % 2)),
+            torch.arange(0, g.count["mlp"], 1 + i),
+        )
         for i, g in enumerate(groups)
     ]
     kept[-1] = Kept(kept[-1].attention, torch.arange(0))
@@ -64,7 +67,10 @@ def pruned(family="llama"):
 
 def test_an_update_is_torchs_own():
     """One step of ours against a loop that anyone would write: mean loss over all labels, clip, AdamW."""
-    asked, data = settings(steps=1, batch=8, warmup=0.0, decay=0.0, clip=0.5, weight_decay=0.1), packed(8)
+    asked, data = (
+        settings(steps=1, batch=8, warmup=0.0, decay=0.0, clip=0.5, weight_decay=0.1),
+        packed(8),
+    )
     ours = Trainer(tiny.model("llama"), asked, data)
     ours.run()
     model = tiny.model("llama").train()
@@ -72,9 +78,13 @@ def test_an_update_is_torchs_own():
     logits = model(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-    vectors, matrices = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (False, True))
+    vectors, matrices = (
+        [p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (False, True)
+    )
     torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], 1e-3, (0.9, 0.95)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        1e-3,
+        (0.9, 0.95),
     ).step()
     for (name, a), b in zip(ours.weights().items(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b.detach(), atol=2e-5, rtol=0, msg=name)
@@ -159,11 +169,15 @@ def test_a_model_that_shares_memory_with_its_teacher_does_not_train_it():
 
 def test_what_is_told():
     events = []
-    each = trainer(asked=settings(steps=6, evaluations=2), held_out=packed(5, seed=1), emit=events.append)
+    each = trainer(
+        asked=settings(steps=6, evaluations=2), held_out=packed(5, seed=1), emit=events.append
+    )
     each.run()
     found = steps_of(events)
     assert [event.step for event in found] == [1, 2, 3, 4, 5, 6]
-    assert [event.learning_rate for event in found] == [each.schedule.rate(step) for step in range(6)]
+    assert [event.learning_rate for event in found] == [
+        each.schedule.rate(step) for step in range(6)
+    ]
     assert found[-1].seconds_left == 0 and found[-1].tokens == 6 * 4 * 32
     assert all(event.tokens_per_second > 0 and event.peak_share > 0 for event in found)
     measured = [event for event in events if isinstance(event, Evaluation)]
@@ -171,7 +185,9 @@ def test_what_is_told():
     assert all(event_from_json(event.to_json()) == event for event in events)
     batch = packed(5, seed=1).batch(range(5))
     with torch.no_grad():
-        logits = each.model(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False).logits
+        logits = each.model(
+            input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False
+        ).logits
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     assert measured[-1].loss == pytest.approx(float(wanted), rel=1e-5)
 
@@ -254,7 +270,9 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
 
 
 def test_a_checkpoint_is_written_when_asked_for(tmp_path):
-    each = trainer(folder=tmp_path, emit=lambda event: each.ask_for_checkpoint() if event.step == 2 else None)
+    each = trainer(
+        folder=tmp_path, emit=lambda event: each.ask_for_checkpoint() if event.step == 2 else None
+    )
     each.run()
     assert [p.name for p in checkpoints.all_of(tmp_path)] == ["step-00000003", "step-00000006"]
 
@@ -285,7 +303,9 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_the_weights(tmp_path):
     with torch.no_grad():
         each.model.get_parameter(name)[0] = float("nan")
     others = {n: w.clone() for n, w in each.weights().items() if n != name}
-    with pytest.raises(EdgepruneError, match=r"step 3: the loss is not a number; .*step-00000002 is whole"):
+    with pytest.raises(
+        EdgepruneError, match=r"step 3: the loss is not a number; .*step-00000002 is whole"
+    ):
         each.run()
     assert all(torch.equal(w, each.weights()[n]) for n, w in others.items())
     assert [path.name for path in checkpoints.all_of(tmp_path)] == ["step-00000002"]
@@ -308,7 +328,10 @@ def test_an_exploding_loss_stops_at_the_last_good_checkpoint(tmp_path):
         ({"asked": settings(length=64)}, "packed to 32"),
         ({"asked": settings(distill=0.5)}, "no teacher"),
         ({"data": packed(0)}, "not one sequence"),
-        ({"asked": settings(distill=0.5), "teacher": tiny.model("llama", vocab_size=100)}, "vocabulary"),
+        (
+            {"asked": settings(distill=0.5), "teacher": tiny.model("llama", vocab_size=100)},
+            "vocabulary",
+        ),
         ({"asked": Training(1000, length=32, batch=0)}, "batch"),
     ],
 )

@@ -173,7 +173,9 @@ def _chunk(
     share, temperature = teaching.weight, teaching.temperature
     own = torch.softmax(logits, dim=-1)
     cross_entropy = _cross_entropy(own, at, labels)
-    divergence, apart = _divergence(logits, teaching.head.logits(teaching.hidden[chunk]), own, temperature)
+    divergence, apart = _divergence(
+        logits, teaching.head.logits(teaching.hidden[chunk]), own, temperature
+    )
     own[at, labels] -= 1
     gradient = own.mul_(1 - share).add_(apart, alpha=share * temperature)
     return _undivided(gradient, head), torch.stack((cross_entropy, divergence))
@@ -198,8 +200,14 @@ def _divergence(
     """
     if temperature != 1.0:
         own = torch.softmax(logits / temperature, dim=-1)
-    theirs = torch.softmax(teachers / temperature, dim=-1) if temperature != 1.0 else torch.softmax(teachers, dim=-1)
-    shift = _log_normaliser(logits, own, temperature) - _log_normaliser(teachers, theirs, temperature)
+    theirs = (
+        torch.softmax(teachers / temperature, dim=-1)
+        if temperature != 1.0
+        else torch.softmax(teachers, dim=-1)
+    )
+    shift = _log_normaliser(logits, own, temperature) - _log_normaliser(
+        teachers, theirs, temperature
+    )
     gap = teachers.sub_(logits).mul_(theirs).sum(dim=-1, dtype=torch.float32) / temperature
     return (gap + shift).sum(), own - theirs
 

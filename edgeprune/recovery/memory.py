@@ -67,7 +67,10 @@ def estimate(
         device: its type, such as ``cuda``.
     """
     parameters = sources.weight_bytes(config, 1)
-    layers = [_layer_bytes(config, i, settings.length, dtype, device) for i in range(config.num_hidden_layers)]
+    layers = [
+        _layer_bytes(config, i, settings.length, dtype, device)
+        for i in range(config.num_hidden_layers)
+    ]
     tokens, hidden = micro_batch * settings.length, config.hidden_size * dtype.itemsize
     kept = sum(layers)
     if settings.checkpointing:

@@ -26,7 +26,9 @@ class Objective(nn.Module):
     def __init__(self, model: Any, teacher: Any, weight: float, temperature: float) -> None:
         super().__init__()
         self.model = model
-        self._teacher = [teacher] if teacher is not None and weight else []  # a list hides it from nn.Module
+        self._teacher = (
+            [teacher] if teacher is not None and weight else []
+        )  # a list hides it from nn.Module
         self._weight, self._temperature = weight, temperature
 
     def forward(self, batch: Batch, measure: bool = False) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,9 @@ class Trainer:
             if data is None:
                 continue
             if not len(data):
-                raise BadInput("there is not one sequence to train or to measure on; give more text")
+                raise BadInput(
+                    "there is not one sequence to train or to measure on; give more text"
+                )
             if data.length != settings.length:
                 raise BadInput(
                     f"the data is packed to {data.length} tokens and length is {settings.length}; make them the same"
@@ -129,7 +131,9 @@ class Trainer:
                 f"choose a multiple of {self._processes}"
             )
         if settings.distill and teacher is None:
-            raise BadInput("distill is above 0 and there is no teacher; give the dense model, or distill = 0")
+            raise BadInput(
+                "distill is above 0 and there is no teacher; give the dense model, or distill = 0"
+            )
         if teacher is not None and len(teacher.lm_head.weight) != len(model.lm_head.weight):
             raise BadInput(
                 f"the teacher has {len(teacher.lm_head.weight):,} tokens in its vocabulary and the model "
@@ -278,7 +282,9 @@ class Trainer:
         settings = self.settings
         each = settings.batch * settings.length
         # the first step is slower than all others
-        self._pace = seconds if self._pace is None or self.step <= 2 else 0.8 * self._pace + 0.2 * seconds
+        self._pace = (
+            seconds if self._pace is None or self.step <= 2 else 0.8 * self._pace + 0.2 * seconds
+        )
         flops = 6 * sum(m.numel() for m in self._weights.masters.values())
         if self._teacher is not None:
             flops += 2 * sum(p.numel() for p in self._teacher.parameters())
@@ -309,14 +315,18 @@ class Trainer:
         if data is None:
             raise BadInput("there is no held-out text to measure the loss on; give one")
         total, tokens = 0.0, 0
-        share = -(-len(data) // self._processes)  # the same for all: sharded weights are gathered together
+        share = -(
+            -len(data) // self._processes
+        )  # the same for all: sharded weights are gathered together
         mine = range(self._accelerator.process_index, share * self._processes, self._processes)
         for start in range(0, share, self._micro_batch):
             rows = mine[start : start + self._micro_batch]
             batch = data.batch([row % len(data) for row in rows])
             labels = batch.labels.clone()
             labels[[row >= len(data) for row in rows]] = IGNORED
-            for piece in self._pieces(Batch(batch.input_ids, labels, batch.positions, batch.documents)):
+            for piece in self._pieces(
+                Batch(batch.input_ids, labels, batch.positions, batch.documents)
+            ):
                 with torch.no_grad():
                     loss, _ = self._objective(piece, measure=True)
                 total += float(loss)
@@ -435,7 +445,9 @@ class Trainer:
         self._weights.publish()
         self.step, self._course, self.notes = about["step"], about["course"], about["notes"]
         self._above = 0
-        self._emit(Note(text=f"training goes on from {found}, step {self.step} of {self.settings.steps}"))
+        self._emit(
+            Note(text=f"training goes on from {found}, step {self.step} of {self.settings.steps}")
+        )
 
     def _check_same(self, path: Path, about: dict[str, Any]) -> None:
         wanted = self.settings.what() | {"sequences": len(self._data)}
@@ -448,7 +460,9 @@ class Trainer:
                 )
         shapes = {n: tuple(m.shape) for n, m in self._weights.masters.items()}
         if checkpoints.shapes(path) != shapes:
-            raise BadInput(f"{path} is of a model with other widths; resume with the model that it was saved of")
+            raise BadInput(
+                f"{path} is of a model with other widths; resume with the model that it was saved of"
+            )
 
 
 def _launched() -> Any:
@@ -516,4 +530,6 @@ def _tensors(path: Path) -> Iterator[Callable[[str], Tensor]]:
         with safe_open(path / checkpoints.TENSORS, framework="pt") as file:
             yield file.get_tensor
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} cannot be read: {error}; resume from the checkpoint before it") from error
+        raise BadInput(
+            f"{path} cannot be read: {error}; resume from the checkpoint before it"
+        ) from error

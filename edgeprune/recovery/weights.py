@@ -20,6 +20,9 @@ class Replica:
     """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        model.to(
+            device
+        )  # first: where the device is named otherwise ("cpu:0") it copies, gradients too
         parameters = dict(model.named_parameters())
         self._copies: list[Tensor] = []
         self.masters: dict[str, nn.Parameter] = {}
@@ -39,7 +42,6 @@ class Replica:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_into(place)))
             master.grad = place.view(parameter.shape)
             self.masters[name] = master
-        model.to(device)
 
     def zero(self) -> None:
         """Forget the gradients."""
@@ -97,16 +99,21 @@ class Shards:
     """
 
     def __init__(
-        self, objective: nn.Module, model: Any, device: torch.device, dtype: torch.dtype, processes: int
+        self,
+        objective: nn.Module,
+        model: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        processes: int,
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        model.to(device)
         for parameter in model.parameters():
-            parameter.data = parameter.detach().to(device, torch.float32, copy=True)
+            parameter.data = parameter.detach().to(torch.float32, copy=True)
             parameter.requires_grad_(True)
             parameter.grad = None
-        model.to(device)
         how: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (processes,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
