@@ -90,7 +90,10 @@ class TrainStep(Event):
 
 @dataclass(kw_only=True)
 class Evaluation(Event):
-    """The held-out text was measured after ``step`` updates: ``loss`` in nats a token, ``perplexity`` its exponential."""
+    """The held-out text was measured after ``step`` updates.
+
+    ``loss`` is in nats a token, ``perplexity`` its exponential, ``tokens`` how many were predicted.
+    """
 
     kind: ClassVar[str] = "evaluation"
     step: int

@@ -78,7 +78,8 @@ def test_a_batch_without_labels_costs_nothing():
     ours = parts()
     total, _ = head_loss(ours[0], Head(*ours[1:]), torch.full((TOKENS,), -100))
     total.backward()
-    assert float(total) == 0 and all(not each.grad.any() for each in ours)
+    assert float(total) == 0
+    assert all(not each.grad.any() for each in ours)
 
 
 def test_bfloat16_gradients_come_near():
@@ -121,7 +122,8 @@ def test_small_budgets_get_enough_updates(tokens):
     made = defaults_for(tokens)
     made.check()
     assert made.steps >= min(100, tokens // 512)
-    assert made.batch <= 128 and 2e-5 <= made.learning_rate <= 2e-4
+    assert made.batch <= 128
+    assert 2e-5 <= made.learning_rate <= 2e-4
     if tokens >= 10**10:
         assert made == Training(tokens)
 

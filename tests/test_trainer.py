@@ -178,7 +178,8 @@ def test_what_is_told():
     assert [event.learning_rate for event in found] == [
         each.schedule.rate(step) for step in range(6)
     ]
-    assert found[-1].seconds_left == 0 and found[-1].tokens == 6 * 4 * 32
+    assert found[-1].seconds_left == 0
+    assert found[-1].tokens == 6 * 4 * 32
     assert all(event.tokens_per_second > 0 and event.peak_share > 0 for event in found)
     measured = [event for event in events if isinstance(event, Evaluation)]
     assert [event.step for event in measured] == [3, 6]
@@ -314,7 +315,7 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_the_weights(tmp_path):
 def test_an_exploding_loss_stops_at_the_last_good_checkpoint(tmp_path):
     asked = settings(steps=100, learning_rate=3.0, warmup=0.2)
     each = trainer(asked=asked, folder=tmp_path, minutes=0.0)
-    with pytest.raises(EdgepruneError, match="exploded.*is whole.*learning rate"):
+    with pytest.raises(EdgepruneError, match=r"exploded.*is whole.*learning rate"):
         each.run()
     assert len(checkpoints.all_of(tmp_path)) == 2
     again = trainer(asked=asked)

@@ -88,7 +88,8 @@ def test_what_does_not_fit_is_refused_with_the_figure_and_a_way_out(monkeypatch)
         monkeypatch.setattr(memory, "free_memory", lambda _device, room=room: room)
         with pytest.raises(BadInput, match=words) as refused:
             fitting(asked, model)
-        assert "training takes about" in str(refused.value) and "optimizer" in str(refused.value)
+        assert "training takes about" in str(refused.value)
+        assert "optimizer" in str(refused.value)
     monkeypatch.setattr(memory, "free_memory", lambda _device: 0)
     with pytest.raises(BadInput, match="only a smaller model"):
         fitting(asked, model)

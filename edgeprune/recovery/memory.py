@@ -137,7 +137,9 @@ def fitting_micro_batch(
         return estimate(model.config, asked, micro_batch, dtype, teaches, shards, device.type)
 
     share = max(1, settings.batch // processes)
-    most = settings.micro_batch or max(1, MICRO_BATCH_TOKENS[device.type] // settings.length)
+    most = settings.micro_batch or max(
+        1, MICRO_BATCH_TOKENS.get(device.type, 4096) // settings.length
+    )
     micro_batch = most = min(most, share)
     if settings.micro_batch is None:
         while micro_batch > 1 and needed(settings, micro_batch).total > available:

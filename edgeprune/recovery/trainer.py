@@ -400,13 +400,16 @@ class Trainer:
         Raises:
             EdgepruneError: it cannot be written; says which checkpoint there still is.
         """
-        tensors = {f"weight.{name}": w for name, w in self.weights().items()}
-        for name, both in self.moments().items():
-            tensors |= {f"{key}.{name}": each for key, each in zip(MOMENTS, both, strict=True)}
+        main = self._accelerator.is_main_process
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self._state():
+            whole = self._weights.whole(tensor.detach())  # of all processes, one tensor at a time
+            if main:
+                tensors[name] = whole.cpu().contiguous()
+            del whole
         failed: EdgepruneError | None = None
-        if self._accelerator.is_main_process:
+        if main:
             tensors |= {f"random.{name}": state for name, state in _random_states().items()}
-            tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             about = {
                 "settings": self.settings.what(),
                 "sequences": len(self._data),
@@ -420,6 +423,14 @@ class Trainer:
         if sum(self._sum(float(failed is not None))):
             raise failed or EdgepruneError("the main process could not write the checkpoint")
         self._asked, self._saved = False, time.monotonic()
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Give the weights and moments as this process holds them, by their names in a checkpoint."""
+        for name, master in self._weights.masters.items():
+            yield f"weight.{name}", master
+            state = self._optimizer.state.get(master, {})
+            for key in MOMENTS if state else ():
+                yield f"{key}.{name}", state[key]
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint: one folder ``step-NNNNNNNN`` or the folder they are in.
