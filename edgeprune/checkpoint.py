@@ -161,7 +161,7 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         _same_permissions(unfinished)
-        _sync(unfinished)
+        sync(unfinished)
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
@@ -188,7 +188,8 @@ def _same_permissions(folder: Path) -> None:
         path.chmod(mode)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Have the system write a folder and its files to the disk before their names change."""
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -219,11 +220,16 @@ def _no_room_is_told(folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors has an error of its own for what the system said
-        code = getattr(error, "errno", None)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+        if disk_is_full(error):
             raise _no_room(folder, needed, machine.disk_free(folder)) from error
         raise
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Tell whether a write failed for want of room."""
+    # safetensors has an error of its own for what the system said
+    code = getattr(error, "errno", None)
+    return code in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
 
 
 def _no_room(folder: Path, needed: int, free: int) -> BadInput:

@@ -64,6 +64,45 @@ class PruneIteration(Event):
 
 
 @dataclass(kw_only=True)
+class TrainStep(Event):
+    """One update of the weights is made: ``step`` of ``of``, counted from 1 over all stages.
+
+    ``loss`` is what was minimised, nats a token, mean over the batch: ``lm_loss`` is its cross-entropy and ``kl`` the
+    divergence from the teacher (None without one). ``gradient_norm`` is that before clipping. ``tokens`` were trained
+    on so far, at ``tokens_per_second`` in this step. ``peak_share`` is what the matrix products that the step needs
+    (6 x parameters x tokens, and 2 x for the teacher's) take of the fastest that the device was measured to do;
+    None where that was not measured. ``seconds_left`` is for the steps that remain.
+    """
+
+    kind: ClassVar[str] = "train_step"
+    step: int
+    of: int
+    loss: float
+    lm_loss: float
+    kl: float | None = None
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    tokens_per_second: float
+    peak_share: float | None = None
+    seconds_left: float
+
+
+@dataclass(kw_only=True)
+class Evaluation(Event):
+    """The held-out text was measured after ``step`` updates.
+
+    ``loss`` is in nats a token, ``perplexity`` its exponential, ``tokens`` how many were predicted.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    step: int
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@dataclass(kw_only=True)
 class Note(Event):
     """A line for people; ``level`` is ``info`` or ``warning``."""
 

@@ -32,11 +32,11 @@ from edgeprune import machine, texts
 from edgeprune.errors import BadInput, EdgepruneError, one_line
 from edgeprune.events import Emit, Note, Progress, ignore
 from edgeprune.quantities import format_bytes
+from edgeprune.recovery.loss import IGNORED
 from edgeprune.recovery.mixture import DataSource, Unreachable, look_up
 from edgeprune.recovery.streams import Encoder, Ids, Stream, fingerprint
 
 VERSION = 1
-IGNORED = -100
 TRAINING, HELD_OUT = "training", "held-out"
 TOKENS, STARTS, ABOUT, MIXTURE = "tokens.npy", "starts.npy", "packed.json", "mixture.json"
 # How often progress is told, over all of the work.

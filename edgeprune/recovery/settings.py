@@ -1,0 +1,113 @@
+"""What a recovery is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from edgeprune.errors import BadInput
+from edgeprune.recovery.schedule import Schedule
+
+# A schedule needs this many updates to warm up, work and decay.
+ENOUGH_STEPS = 100
+# From here on the paper's learning rate is taken as it is: a guess, to be measured.
+MANY_STEPS = 4000
+HIGHEST_RATE = 2e-4
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train; the defaults are Adapt-Pruner's (arXiv 2502.03460), with a small default length.
+
+    Args:
+        tokens: to train on in all, over all stages.
+        length: of a sequence.
+        batch: sequences of an update, all processes together.
+        micro_batch: sequences that go through the model at once in a process; None picks what fits.
+        learning_rate: the highest of the schedule.
+        min_learning_rate: what it ends with.
+        warmup: share of the updates in which it rises.
+        decay: share of the updates in which it falls.
+        clip: the largest norm of the gradients.
+        weight_decay: of matrices, not of norms and biases.
+        betas: of AdamW.
+        distill: weight of the teacher's KL divergence, in [0, 1]; the language model loss has the rest.
+        temperature: of the KL divergence.
+        checkpointing: keep only the layers' inputs for the backward pass and compute the rest twice.
+        evaluations: how many times to measure the held-out loss, evenly over the run, the last at its end.
+        seed: orders the sequences.
+    """
+
+    tokens: int
+    length: int = 512
+    batch: int = 128
+    micro_batch: int | None = None
+    learning_rate: float = 2e-5
+    min_learning_rate: float = 2e-6
+    warmup: float = 0.05
+    decay: float = 0.1
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    distill: float = 0.0
+    temperature: float = 1.0
+    checkpointing: bool = False
+    evaluations: int = 10
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How many updates the tokens make, at least one."""
+        return max(1, self.tokens // (self.batch * self.length))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rates of all updates."""
+        return Schedule(
+            self.steps, self.learning_rate, self.min_learning_rate, self.warmup, self.decay
+        )
+
+    def check(self) -> None:
+        """Raise BadInput for what cannot be done."""
+        for name in ("tokens", "length", "batch", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"{name} is {value}; it must be at least 1")
+        for name in ("warmup", "decay", "distill"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        for name in ("learning_rate", "clip", "temperature"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be a number above 0")
+        for name in ("min_learning_rate", "weight_decay", "evaluations"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.warmup + self.decay > 1:
+            raise BadInput(f"warmup {self.warmup} and decay {self.decay} are more than the whole")
+        if self.min_learning_rate > self.learning_rate:
+            raise BadInput(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise BadInput(f"betas are {self.betas}; each must be at least 0 and below 1")
+
+    def what(self) -> dict[str, Any]:
+        """Return what a checkpoint belongs to, as plain JSON values: all that changes the result."""
+        plain = asdict(replace(self, micro_batch=None, checkpointing=False, evaluations=0))
+        return plain | {"betas": list(self.betas)}
+
+
+def defaults_for(tokens: int, length: int = 512) -> Training:
+    """Return the settings for a budget of tokens.
+
+    A batch of 128 sequences x 512 tokens turns 5 M tokens into 76 updates: too few to warm up, move and decay. So a
+    small budget takes the largest power of two that leaves ``ENOUGH_STEPS`` updates. Few updates at the paper's
+    2e-5 also hardly leave the start, as Adam moves each weight by about the learning rate an update: it grows with
+    the inverse root of the number of updates, up to ``HIGHEST_RATE``. The lowest rate is a tenth of the highest.
+    """
+    most = max(1, tokens // (ENOUGH_STEPS * length))
+    made = Training(tokens, length, batch=min(Training.batch, 1 << (most.bit_length() - 1)))
+    rate = Training.learning_rate * max(1.0, math.sqrt(MANY_STEPS / made.steps))
+    rate = min(HIGHEST_RATE, float(f"{rate:.2g}"))
+    return replace(made, learning_rate=rate, min_learning_rate=float(f"{rate / 10:.2g}"))
