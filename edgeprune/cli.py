@@ -233,6 +233,128 @@ def prune(
     console.note(f"next: edgeprune export {output} --onnx -o DIR")
 
 
+@app.command(short_help="Train a model to win back what pruning cost.")
+def recover(
+    model: Model,
+    output: Output,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TEXT[=WEIGHT]",
+            help="What to train on, once for each source: file (.txt, .jsonl, .json, .parquet, .gz), Hub data set, "
+            "builtin, or the paper's mixture adapt-pruner.",
+        ),
+    ],
+    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens to train on: 300k, 20M, 1B.")],
+    distill: Annotated[
+        float,
+        typer.Option(
+            metavar="PART", min=0, max=1, help="Part of the loss that follows the teacher."
+        ),
+    ] = 0.0,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The dense model, for --distill.", show_default=False),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="Of the teacher's predictions.")
+    ] = 1.0,
+    length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a sequence.")] = 512,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Sequences an update; default: 128, fewer where the tokens would not make 100 updates.",
+            show_default=False,
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Sequences at once in a process; default: as memory allows.",
+            show_default=False,
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="The highest; default: 2e-5, up to 2e-4 where there are few updates. The lowest is a tenth.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Compute activations twice instead of keeping them."),
+    ] = False,
+    held_out: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Tokens to measure on and not to train on.")
+    ] = 20_000,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the order of the text.")] = 0,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep checkpoints here: the same command then goes on from the last one.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(metavar="N", min=0, help="Between two checkpoints.")
+    ] = 10.0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even though the memory seems too small.")
+    ] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Train a pruned model, or any other, on text; writes a checkpoint of safetensors.
+
+    Several GPUs or machines: accelerate launch -m edgeprune recover ...
+
+    Examples:
+
+    edgeprune recover pruned -o recovered --data notes.txt --tokens 300k --state state
+
+    edgeprune recover pruned -o recovered --data wiki.jsonl=3 --data builtin=1 --tokens 1M --distill 0.5 --teacher dense
+    """
+    from edgeprune.recovery import recover as work
+    from edgeprune.recovery.settings import training_for
+
+    with console.progress() as emit:
+        settings = training_for(
+            _count("--tokens", tokens),
+            emit,
+            length=length,
+            batch=batch,
+            micro_batch=micro_batch,
+            learning_rate=learning_rate,
+            distill=distill,
+            temperature=temperature,
+            checkpointing=checkpointing,
+            seed=seed,
+        )
+        summary = work.recover(
+            model,
+            output,
+            data=data,
+            training=settings,
+            teacher=teacher,
+            held_out=held_out,
+            work=state,
+            minutes=minutes,
+            force=force,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            emit=emit,
+        )
+    _answer(summary, as_json, lambda _: _inspected(output))
+    console.note(f"next: edgeprune ppl {output}")
+
+
 @app.command(short_help="Show what a model is made of.")
 def inspect(
     model: Model,
@@ -577,6 +699,13 @@ def _one_target(sparsity: str | None, params: str | None, memory: str | None) ->
         return {name: parse(str(text))}
     except BadInput as error:
         raise BadInput(f"--{name}: {error}") from None
+
+
+def _count(name: str, text: str) -> int:
+    try:
+        return parse_count(text)
+    except BadInput as error:
+        raise BadInput(f"{name}: {error}") from None
 
 
 def _budget(text: str | None) -> int | None:

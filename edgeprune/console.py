@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.events import (
     Emit,
+    Evaluation,
     Event,
     Note,
     Progress,
@@ -27,12 +28,14 @@ from edgeprune.events import (
     RunStarted,
     StageFinished,
     StageStarted,
+    TrainStep,
 )
 from edgeprune.quantities import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+TRAINING = "training"
 LINE_INTERVAL = 10.0
 """Seconds between two lines of plain progress."""
 
@@ -187,6 +190,15 @@ def _came_to(event: PruneIteration) -> str:
     return f"loss {event.loss:.2f}, {format_count(event.decoder_parameters)} left"
 
 
+def _trained(event: TrainStep) -> Progress:
+    note = f"loss {event.loss:.2f}, {event.tokens_per_second:,.0f} tokens/s"
+    return Progress(stage=TRAINING, done=event.step, total=event.of, unit="updates", note=note)
+
+
+def _held_out(event: Evaluation) -> str:
+    return f"held-out perplexity {event.perplexity:.4g}"
+
+
 def _resumed(event: RunStarted) -> str:
     return f"going on after: {', '.join(event.finished)}" if event.finished else ""
 
@@ -240,6 +252,10 @@ class _Bars:
     def __call__(self, event: Event) -> None:
         if isinstance(event, PruneIteration):
             self._titles.standing = _came_to(event)
+        elif isinstance(event, Evaluation):
+            self._titles.standing = _held_out(event)
+        elif isinstance(event, TrainStep):
+            self._advance(_trained(event))
         elif isinstance(event, StageStarted):
             self._drop()
             self._add((event.stage, ""), self._titles.learn(event))
@@ -317,6 +333,10 @@ class _Lines:
     def __call__(self, event: Event) -> None:
         if isinstance(event, PruneIteration):
             self._titles.standing = _came_to(event)
+        elif isinstance(event, Evaluation):
+            self._titles.standing = _held_out(event)
+        elif isinstance(event, TrainStep):
+            self._advance(_trained(event))
         elif isinstance(event, StageStarted):
             self._paces.clear()
             note(f"{self._titles.learn(event)} ...")

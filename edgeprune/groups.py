@@ -122,13 +122,14 @@ def part_index(parts: list[Part], kept: Tensor) -> dict[tuple[str, int], Tensor]
 
 
 def cut(weights: Mapping[str, Tensor], groups: LayerGroups, kept: Kept) -> dict[str, Tensor]:
-    """Return the layer's parameters cut to the kept groups; what is whole is not copied."""
+    """Return a layer's parameters, or some of them, cut to the kept groups; what is whole is not copied."""
     result = dict(weights)
     for half in HALVES:
         if len(kept.of(half)) == groups.count[half]:
             continue
         for (name, dim), index in part_index(groups.parts[half], kept.of(half)).items():
-            result[name] = result[name].index_select(dim, index.to(result[name].device))
+            if name in result:
+                result[name] = result[name].index_select(dim, index.to(result[name].device))
     return result
 
 

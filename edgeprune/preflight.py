@@ -38,9 +38,10 @@ def check_source(recipe: Recipe, folder: Path, emit: Emit) -> dict[str, Any]:
     )
     shape = inspect(source)
     problems = [
-        *_disk_problems(shape["parameters"], folder),
+        *_disk_problems(shape["parameters"], recipe.recover is not None, folder),
         *_length_problems(recipe, shape["max_position_embeddings"]),
         *_text_problems(recipe),
+        *_data_problems(recipe),
     ]
     if problems:
         raise BadInput("\n".join(problems))
@@ -48,9 +49,11 @@ def check_source(recipe: Recipe, folder: Path, emit: Emit) -> dict[str, Any]:
     return {"source": {**asdict(source), "path": str(source.path)}, "inspection": shape}
 
 
-def _disk_problems(parameters: int, folder: Path) -> list[str]:
-    # The pruned checkpoint and both exports, none larger than the model in float32.
-    need, free = 3 * parameters * WEIGHT_BYTES + ROOM, machine.disk_free(folder)
+def _disk_problems(parameters: int, recovers: bool, folder: Path) -> list[str]:
+    # The pruned checkpoint and both exports, none larger than the model in float32. Training: the models of two
+    # stages before and after it, and three checkpoints (one unfinished) of weights and two moments.
+    copies = 3 + (4 + 9 if recovers else 0)
+    need, free = copies * parameters * WEIGHT_BYTES + ROOM, machine.disk_free(folder)
     if need <= free:
         return []
     return [
@@ -75,6 +78,8 @@ def _length_problems(recipe: Recipe, longest: int | None) -> list[str]:
         "evaluate.window": recipe.evaluate.window,
         "profile.prompt + profile.generate": recipe.profile.prompt + recipe.profile.generate,
     }
+    if recipe.recover is not None:
+        lengths["recover.length"] = recipe.recover.length
     return [
         f"{name}: {length} tokens, and the model takes at most {longest}; ask for less"
         for name, length in lengths.items()
@@ -91,3 +96,13 @@ def _text_problems(recipe: Recipe) -> list[str]:
         except BadInput as error:
             problems.append(str(error))
     return problems
+
+
+def _data_problems(recipe: Recipe) -> list[str]:
+    from edgeprune.recovery.mixture import parse_sources
+
+    try:
+        parse_sources(recipe.recover.data if recipe.recover else ["builtin"])
+    except BadInput as error:
+        return [f"recover.data: {error}"]
+    return []

@@ -38,6 +38,7 @@ def prune(
     stream: bool | None = None,
     memory_budget: int | None = None,
     state: Path | None = None,
+    kept: Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     emit: Emit = ignore,
@@ -57,6 +58,7 @@ def prune(
         stream: leave the weights in their files until they are used; by default where the memory asks for it.
         memory_budget: bytes that the run may take; by default a good part of what is free.
         state: file that makes the run resumable: the same call goes on from it, and removes it at the end.
+        kept: safetensors file to write the numbers of the KV groups and channels to that each layer keeps.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run code of the model's repository.
         emit: hears progress.
@@ -115,6 +117,8 @@ def prune(
             source=source,
             generation_config=dense.generation_config,
         )
+    if kept is not None:
+        state_file.write_kept(kept, run.kept)
     if state is not None:
         state.unlink(missing_ok=True)
         shutil.rmtree(_scratch_folder(state), ignore_errors=True)

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -104,6 +104,39 @@ class PruneSection(_Section):
     """Memory that pruning may take: "6GB"; absent: a good part of what is free."""
 
 
+class RecoverSection(_Section):
+    """Training that wins back what pruning cost, in turns with it."""
+
+    data: Annotated[list[Text], Field(min_length=1)]
+    """Texts to train on, each perhaps with a weight: ["notes.txt=3", "builtin=1"]."""
+    tokens: Count
+    """Tokens to train on in all: "20M"."""
+    interleavings: Positive = 1
+    """How often to prune and train in turns; 1: prune, then train."""
+    spacing: Literal["geometric", "linear"] = "geometric"
+    """Each time remove the same share of what is left, or the same number of parameters."""
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Part of the loss that follows the dense model's predictions."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of those predictions."""
+    length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a sequence."""
+    batch: Positive | None = None
+    """Sequences an update; absent: 128, fewer where the tokens would not make 100 updates."""
+    micro_batch: Positive | None = None
+    """Sequences at once in a process; absent: as memory allows."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """The highest; absent: 2e-5, up to 2e-4 where there are few updates. The lowest is a tenth."""
+    checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    held_out: Annotated[int, Field(ge=0)] = 20_000
+    """Tokens to measure on and not to train on."""
+    minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Between two checkpoints."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the order of the text."""
+
+
 class ExportSection(_Section):
     """What the device runs."""
 
@@ -138,10 +171,11 @@ class EvaluateSection(_Section):
 
 
 class Recipe(_Section):
-    """A whole run: source -> prune -> export -> evaluate -> profile -> report."""
+    """A whole run: source -> prune (and recover) -> export -> evaluate -> profile -> report."""
 
     source: SourceSection
     prune: PruneSection
+    recover: RecoverSection | None = None
     export: ExportSection = ExportSection()
     profile: ProfileSection = ProfileSection()
     evaluate: EvaluateSection = EvaluateSection()
@@ -234,7 +268,8 @@ def _line(detail: ErrorDetails) -> str:
 def _nearest(loc: tuple[int | str, ...]) -> str:
     fields = Recipe.model_fields
     for part in loc[:-1]:
-        section = fields[str(part)].annotation
+        annotation = fields[str(part)].annotation
+        section = next(iter(get_args(annotation)), annotation)  # the section of an optional one
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         fields = section.model_fields
@@ -249,12 +284,26 @@ def _with_local_files(recipe: Recipe, folder: Path) -> Recipe:
             "source": _located(recipe.source, "model", folder),
             "prune": _located(recipe.prune, "calibration", folder),
             "evaluate": _located(recipe.evaluate, "text", folder),
+            "recover": recipe.recover and _located_data(recipe.recover, folder),
         }
     )
 
 
+def _located_data(section: RecoverSection, folder: Path) -> RecoverSection:
+    found = []
+    for spec in section.data:
+        name, equals, weight = spec.rpartition("=") if not Path(spec).exists() else (spec, "", "")
+        path = _found(name or spec, folder)
+        found.append(f"{path}{equals}{weight if name else ''}" if path else spec)
+    return section.model_copy(update={"data": found})
+
+
+def _found(name: str, folder: Path) -> Path | None:
+    """Return the file or folder of that name, sought beside the recipe first."""
+    both = (folder / name, Path(name))
+    return next((path.resolve() for path in both if path.exists()), None)
+
+
 def _located(section: _Section, key: str, folder: Path) -> _Section:
-    for path in (folder / getattr(section, key), Path(getattr(section, key))):
-        if path.exists():
-            return section.model_copy(update={key: str(path.resolve())})
-    return section
+    path = _found(getattr(section, key), folder)
+    return section.model_copy(update={key: str(path)}) if path else section

@@ -41,6 +41,7 @@ OWN_FILES = (
     worker.RECIPE,
     worker.STATE,
     worker.PRUNE_STATE,
+    worker.RECOVERY,
     worker.UNFINISHED,
     LOCK,
 )
@@ -129,7 +130,7 @@ def _folder_problems(folder: Path) -> list[str]:
 def _has_begun(folder: Path) -> bool:
     """Tell whether there is work in ``folder`` that a resumed run would not have to do again."""
     return bool(set(worker.read_state(folder)) - {"source"}) or any(
-        (folder / name).exists() for name in (worker.PRUNE_STATE, worker.PRUNED)
+        (folder / name).exists() for name in (worker.PRUNE_STATE, worker.RECOVERY, worker.PRUNED)
     )
 
 

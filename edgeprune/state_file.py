@@ -42,3 +42,21 @@ def load(run: PruneRun, path: Path, what: str, emit: Emit) -> None:
     run.losses = found["losses"].tolist()
     run.weight = float(found["weight"])
     emit(Note(text=f"going on after iteration {len(run.losses)} of {run.options.iterations}"))
+
+
+# ---- what a finished run has kept
+
+KEPT = "what is kept of each decoder layer"
+
+
+def write_kept(path: Path, kept: list[Kept]) -> None:
+    """Write the numbers of the groups that each layer keeps."""
+    numbers = {f"{i}.{half}": k.of(half) for i, k in enumerate(kept) for half in HALVES}
+    tensor_files.write(path, numbers, KEPT)
+
+
+def read_kept(path: Path) -> list[Kept]:
+    """Read what ``write_kept`` wrote. UnusableError if it is damaged."""
+    found = tensor_files.read(path, KEPT)
+    layers = len(found) // len(HALVES)
+    return [Kept(*(found[f"{i}.{half}"] for half in HALVES)) for i in range(layers)]

@@ -45,6 +45,7 @@ OUTPUT = "worker.log"
 RECIPE = "recipe.toml"
 STATE = "state.json"
 PRUNE_STATE = "prune-state.safetensors"
+RECOVERY = "recovery"
 UNFINISHED = "unfinished"
 PRUNED = "pruned"
 EXPORT_DENSE = "export-dense"
@@ -103,20 +104,48 @@ def _prune(work: Work) -> dict[str, Any]:
     from edgeprune.pruner import prune
 
     pruned = work.folder / PRUNED
-    options = work.recipe.prune.model_dump(exclude={*recipes.TARGETS, "skip_layers"})
+    options = work.recipe.prune.model_dump(exclude={*recipes.TARGETS})
+    options["skip_layers"] = tuple(work.recipe.prune.skip_layers)
+    precision = work.recipe.export.precision
     if not pruned.exists():  # it does if a worker was killed before it could record it
         with work.artefact(PRUNED) as output:
-            prune(
-                _dense(work),
-                output,
-                **work.recipe.target(),
-                **options,
-                skip_layers=tuple(work.recipe.prune.skip_layers),
-                precision=work.recipe.export.precision,
-                state=work.folder / PRUNE_STATE,
-                emit=work.emit,
-            )
+            if work.recipe.recover is not None:
+                _prune_and_recover(work, work.recipe.recover, output, options)
+            else:
+                prune(
+                    _dense(work),
+                    output,
+                    **work.recipe.target(),
+                    **options,
+                    precision=precision,
+                    state=work.folder / PRUNE_STATE,
+                    emit=work.emit,
+                )
     return {"summary": provenance.read_provenance(pruned), "inspection": inspect(pruned)}
+
+
+def _prune_and_recover(
+    work: Work, wanted: recipes.RecoverSection, output: Path, options: dict[str, Any]
+) -> None:
+    from edgeprune.recovery.recover import prune_and_recover
+    from edgeprune.recovery.settings import training_for
+
+    own = {"data", "tokens", "interleavings", "spacing", "held_out", "minutes"}
+    prune_and_recover(
+        _dense(work),
+        output,
+        target=work.recipe.target(),
+        pruning=options,
+        precision=work.recipe.export.precision,
+        data=wanted.data,
+        training=training_for(wanted.tokens, work.emit, **wanted.model_dump(exclude=own)),
+        interleavings=wanted.interleavings,
+        spacing=wanted.spacing,
+        held_out=wanted.held_out,
+        minutes=wanted.minutes,
+        work=work.folder / RECOVERY,
+        emit=work.emit,
+    )
 
 
 def _export_dense(work: Work) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgeprune.errors import BadInput
+from edgeprune.events import Emit, Note, ignore
 from edgeprune.recovery.schedule import Schedule
 
 # A schedule needs this many updates to warm up, work and decay.
@@ -98,7 +99,43 @@ class Training:
         return plain | {"betas": list(self.betas)}
 
 
-def defaults_for(tokens: int, length: int = 512) -> Training:
+def training_for(
+    tokens: int,
+    emit: Emit = ignore,
+    *,
+    length: int = Training.length,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    **others: Any,
+) -> Training:
+    """Return the settings for a budget of tokens: what is None is chosen, and told.
+
+    Raises:
+        BadInput: they cannot be used, or are too few tokens for one update.
+    """
+    for name, value in (("tokens", tokens), ("length", length)):
+        if value < 1:
+            raise BadInput(f"{name} is {value}; it must be at least 1")
+    chosen = defaults_for(tokens, length, batch)
+    if learning_rate is not None:
+        chosen = replace(
+            chosen,
+            learning_rate=learning_rate,
+            min_learning_rate=float(f"{learning_rate / 10:.2g}"),
+        )
+    made = replace(chosen, **others)
+    made.check()
+    if tokens < made.batch * length:
+        raise BadInput(
+            f"{tokens:,} tokens are less than one update of {made.batch} sequences x {length} tokens; train on more, "
+            "or with a smaller batch or length"
+        )
+    text = f"{made.steps} updates of {made.batch} sequences x {length} tokens, learning rate {made.learning_rate:g}"
+    emit(Note(text=text))
+    return made
+
+
+def defaults_for(tokens: int, length: int = Training.length, batch: int | None = None) -> Training:
     """Return the settings for a budget of tokens.
 
     A batch of 128 sequences x 512 tokens turns 5 M tokens into 76 updates: too few to warm up, move and decay. So a
@@ -107,7 +144,8 @@ def defaults_for(tokens: int, length: int = 512) -> Training:
     the inverse root of the number of updates, up to ``HIGHEST_RATE``. The lowest rate is a tenth of the highest.
     """
     most = max(1, tokens // (ENOUGH_STEPS * length))
-    made = Training(tokens, length, batch=min(Training.batch, 1 << (most.bit_length() - 1)))
+    batch = batch or min(Training.batch, 1 << (most.bit_length() - 1))
+    made = Training(tokens, length, batch=batch)
     rate = Training.learning_rate * max(1.0, math.sqrt(MANY_STEPS / made.steps))
     rate = min(HIGHEST_RATE, float(f"{rate:.2g}"))
     return replace(made, learning_rate=rate, min_learning_rate=float(f"{rate / 10:.2g}"))

