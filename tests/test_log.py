@@ -4,6 +4,7 @@ import threading
 import pytest
 
 from edgeprune.events import (
+    Evaluation,
     Event,
     Note,
     Progress,
@@ -13,6 +14,7 @@ from edgeprune.events import (
     RunStarted,
     StageFinished,
     StageStarted,
+    TrainStep,
     event_from_json,
 )
 from edgeprune.log import LogReader, LogWriter, follow, read_events
@@ -32,6 +34,18 @@ EVERY_KIND = [
         intermediate_size=[96, 64],
         seconds=0.5,
     ),
+    TrainStep(
+        step=1,
+        of=2,
+        loss=3.5,
+        lm_loss=3.25,
+        learning_rate=1e-5,
+        gradient_norm=0.5,
+        tokens=64,
+        tokens_per_second=100.0,
+        seconds_left=0.5,
+    ),
+    Evaluation(step=2, loss=3.0, perplexity=20.0, tokens=64),
     Note(text="naïve\nline", level="warning"),
     StageFinished(stage="prune", seconds=1.5, result={"parameters": 10}),
     RunFinished(results="results.json", report="report.html", seconds=9.0),

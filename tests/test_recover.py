@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_the_stages_add_up(decoder, sparsity, count, steps, spacing):
 
 def test_geometric_stages_remove_the_same_share_and_linear_ones_the_same_number():
     left = [1_000_000] + [1_000_000 - s.removed for s in plan(1_000_000, 600_000, 100, 5)]
-    shares = [b / a for a, b in zip(left, left[1:], strict=False)]
+    shares = [b / a for a, b in pairwise(left)]
     assert max(shares) - min(shares) < 1e-5
     removed = [s.removed for s in plan(1_000_000, 600_000, 100, 5, "linear")]
     assert removed == [120_000, 240_000, 360_000, 480_000, 600_000]

@@ -20,7 +20,7 @@ from edgeprune import checkpoint, machine, pruner, sources, state_file
 from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Evaluation, Event, Note, ignore
 from edgeprune.groups import Kept, cut, describe_layers
-from edgeprune.options import Options
+from edgeprune.options import Effort, Options
 from edgeprune.recovery import checkpoints
 from edgeprune.recovery.mixture import parse_sources
 from edgeprune.recovery.packing import Packed, prepare
@@ -292,9 +292,8 @@ class _Interleaved:
         return {"params": whole - self.stages[number - 1].removed}
 
     def _options(self, number: int) -> dict[str, Any]:
-        effort = self.pruning.get("effort") or "balanced"
-        of_effort = Options.of(effort).iterations
-        iterations = self.pruning.get("iterations") or of_effort
+        effort: Effort = self.pruning.get("effort") or "balanced"
+        iterations = self.pruning.get("iterations") or Options.of(effort).iterations
         shared = max(1, round(iterations / len(self.stages)))
         seed = int(self.pruning.get("seed") or 0)
         return {**self.pruning, "iterations": shared, "seed": seed + number - 1}
@@ -344,8 +343,8 @@ def _resolved(
 
 
 def _stored_type(source: Source) -> torch.dtype:
-    dtype: torch.dtype = sources.load_config(source).dtype or torch.float32
-    return dtype
+    found = sources.load_config(source).dtype
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _packed(

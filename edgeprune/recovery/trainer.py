@@ -63,6 +63,7 @@ class Trainer:
 
     Attributes:
         step: updates made so far, over all stages.
+        micro_batch: sequences that go through the model at once in a process.
         notes: plain JSON values of the caller's, kept in each checkpoint (which stage it is of, how the model is cut).
 
     Raises:
@@ -94,7 +95,7 @@ class Trainer:
         self._emit = emit if self._accelerator.is_main_process else ignore
         self._sharded = _is_fsdp(self._accelerator) if sharded is None else sharded
         self._check(model, teacher)
-        self._micro_batch = memory.fitting_micro_batch(
+        self.micro_batch = memory.fitting_micro_batch(
             model,
             settings,
             teacher,
@@ -149,7 +150,7 @@ class Trainer:
         without_dropout(model)
         model.train()  # transformers recomputes activations in this mode alone
         if settings.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self._objective = Objective(model, self._teacher, settings.distill, settings.temperature)
         self._weights: Replica | Shards = (
             Shards(self._objective, model, self._device, self._dtype, self._processes)
@@ -246,7 +247,7 @@ class Trainer:
 
     def _pieces(self, batch: Batch) -> Iterator[Batch]:
         split = zip(
-            *(getattr(batch, f.name).split(self._micro_batch) for f in fields(Batch)), strict=True
+            *(getattr(batch, f.name).split(self.micro_batch) for f in fields(Batch)), strict=True
         )
         for piece in split:
             yield Batch(*(t.to(self._device, non_blocking=True) for t in piece))
@@ -321,8 +322,8 @@ class Trainer:
             -len(data) // self._processes
         )  # the same for all: sharded weights are gathered together
         mine = range(self._accelerator.process_index, share * self._processes, self._processes)
-        for start in range(0, share, self._micro_batch):
-            rows = mine[start : start + self._micro_batch]
+        for start in range(0, share, self.micro_batch):
+            rows = mine[start : start + self.micro_batch]
             batch = data.batch([row % len(data) for row in rows])
             labels = batch.labels.clone()
             labels[[row >= len(data) for row in rows]] = IGNORED
