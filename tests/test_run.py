@@ -15,7 +15,15 @@ from edgeprune import recipe as recipes
 from edgeprune import report, worker
 from edgeprune import run as runs
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted
-from edgeprune.events import Note, RunFailed, RunFinished, RunStarted, StageFinished, StageStarted
+from edgeprune.events import (
+    Note,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    StageFinished,
+    StageStarted,
+    TrainStep,
+)
 from edgeprune.log import read_events
 
 RECIPE = recipes.parse_toml('[source]\nmodel = "m"\n[prune]\nsparsity = 0.3\n')
@@ -385,6 +393,32 @@ def test_a_run_leaves_all_that_it_promises(uninterrupted):
         *(worker.EVENTS, worker.OUTPUT, worker.RECIPE, worker.STATE),
         runs.LOCK,
     }
+
+
+def test_a_run_that_recovers_goes_on_after_a_kill_in_its_training(tiny_recipe, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))  # where the packed text is kept
+    recover = {"data": ["builtin"], "tokens": 400, "length": 32, "batch": 2, "minutes": 0.0}
+    recipe = recipes.parse(
+        tiny_recipe.model_dump(exclude_none=True) | {"recover": recover | {"interleavings": 2}}
+    )
+
+    def interrupt(event):
+        if isinstance(event, TrainStep) and event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        runs.run(recipe, folder, interrupt)
+    assert (folder / worker.RECOVERY).is_dir()
+    events = []
+    results = runs.resume(folder, events.append)
+    steps = [event.step for event in events if isinstance(event, TrainStep)]
+    assert steps[0] >= 3
+    assert steps[-1] == 6
+    told = results["prune"]["made"]["recovery"]
+    assert (told["interleavings"], told["data"]) == (2, ["builtin"])
+    assert results["pruned"]["decoder_parameters"] <= 0.7 * results["dense"]["decoder_parameters"]
+    assert not leftovers(folder)
+    assert not (folder / worker.RECOVERY).exists()
 
 
 def test_killed_at_every_stage_and_resumed_the_result_is_the_same(
