@@ -275,3 +275,11 @@ def test_what_is_done_is_told(dense, tmp_path, cache):
     interleaved(dense, tmp_path / "out", cache, emit=events.append)
     said = [e.text for e in events if isinstance(e, Note)]
     assert "stage 2 of 3: pruning" in said
+
+
+def test_what_will_not_fit_is_refused_before_anything_is_done(dense, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(recovery.memory, "free_memory", lambda _device: 1000)
+    for work in (trained, interleaved):
+        with pytest.raises(BadInput, match="training takes about"):
+            work(dense, tmp_path / "out", cache)
+        assert list(tmp_path.iterdir()) == []

@@ -21,8 +21,17 @@ SETTINGS = Training(tokens=10**6, length=512, batch=16)
 
 def fitting(settings=SETTINGS, model=None, **others):
     model = model or tiny.model("llama")
+    loaded = sum(p.nbytes for p in model.parameters())
     return fitting_micro_batch(
-        model, settings, None, CPU, torch.float32, 1, emit=lambda _event: None, **others
+        model.config,
+        settings,
+        None,
+        CPU,
+        torch.float32,
+        1,
+        loaded=loaded,
+        emit=lambda _event: None,
+        **others,
     )
 
 

@@ -54,6 +54,7 @@ def estimate(
     teacher: Any = None,
     shards: int = 1,
     device: str = "cpu",
+    removed: int = 0,
 ) -> Estimate:
     """Estimate what training a model takes of each device.
 
@@ -65,8 +66,9 @@ def estimate(
         teacher: config of the teacher, None without one.
         shards: devices that the weights, gradients and moments are spread over.
         device: its type, such as ``cuda``.
+        removed: parameters that will be cut off before.
     """
-    parameters = sources.weight_bytes(config, 1)
+    parameters = sources.weight_bytes(config, 1) - removed
     layers = [
         _layer_bytes(config, i, settings.length, dtype, device)
         for i in range(config.num_hidden_layers)
@@ -111,30 +113,41 @@ def _teacher_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
 
 
 def fitting_micro_batch(
-    model: Any,
+    config: Any,
     settings: Training,
     teacher: Any,
     device: torch.device,
     dtype: torch.dtype,
     processes: int,
     *,
+    loaded: int = 0,
+    removed: int = 0,
     shards: int = 1,
     force: bool = False,
     emit: Emit,
 ) -> int:
     """Return how many sequences go through the model at once: the settings', or as many as fit.
 
+    Args:
+        config: of the model.
+        settings: how to train.
+        teacher: config of the teacher, None without one.
+        device: to train on.
+        dtype: to compute in.
+        processes: that share a batch.
+        loaded: bytes of the models that are in the device's memory already.
+        removed: parameters that will be cut off before.
+        shards: devices that the weights, gradients and moments are spread over.
+        force: do not refuse.
+        emit: is told instead.
+
     Raises:
         BadInput: not even that fits; says what would. With ``force`` it is a note instead.
     """
-    teaches = teacher.config if teacher is not None and settings.distill else None
-    available = free_memory(device)
-    if device.type == "cpu":  # what the loaded models take is theirs to use
-        models = [model] + ([teacher] if teaches is not None else [])
-        available += sum(p.nbytes for each in models for p in each.parameters())
+    available = free_memory(device) + loaded
 
     def needed(asked: Training, micro_batch: int) -> Estimate:
-        return estimate(model.config, asked, micro_batch, dtype, teaches, shards, device.type)
+        return estimate(config, asked, micro_batch, dtype, teacher, shards, device.type, removed)
 
     share = max(1, settings.batch // processes)
     most = settings.micro_batch or max(

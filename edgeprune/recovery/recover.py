@@ -21,12 +21,12 @@ from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Evaluation, Event, Note, ignore
 from edgeprune.groups import Kept, cut, describe_layers
 from edgeprune.options import Effort, Options
-from edgeprune.recovery import checkpoints
+from edgeprune.recovery import checkpoints, memory
 from edgeprune.recovery.mixture import parse_sources
 from edgeprune.recovery.packing import Packed, prepare
 from edgeprune.recovery.settings import Training
 from edgeprune.recovery.stages import Spacing, Stage, plan
-from edgeprune.recovery.trainer import Trainer, launched
+from edgeprune.recovery.trainer import Trainer, is_fsdp, launched
 from edgeprune.sources import Source
 from edgeprune.target import Target
 
@@ -85,14 +85,17 @@ def recover(
     source = _resolved(model, revision, trust_remote_code, emit)
     dtype = _stored_type(source)
     tokenizer = sources.load_tokenizer(source)
-    packed = _packed(data, tokenizer, training, held_out, cache, emit)
     measured, accelerator = _Evaluations(emit), launched()
+    taught = _teacher_source(teacher, training, trust_remote_code, emit)
+    config, teaches = sources.load_config(source), taught and sources.load_config(taught)
+    _check_memory(config, teaches, training, 0, accelerator, force)
+    packed = _packed(data, tokenizer, training, held_out, cache, emit)
     started = time.monotonic()
     trainer = Trainer(
         sources.load_model(source, dtype=torch.float32, emit=emit),
         training,
         packed[0],
-        teacher=_teacher(teacher, training, trust_remote_code, emit),
+        teacher=_teacher(taught, emit),
         held_out=packed[1],
         folder=work / TRAINING if work else None,
         minutes=minutes,
@@ -165,6 +168,7 @@ def prune_and_recover(
     stages = plan(decoder, goal.removed, training.steps, interleavings, spacing)
     tokenizer = sources.load_tokenizer(source)
     measured, accelerator = _Evaluations(emit), launched()
+    _check_memory(config, config, training, stages[0].removed, accelerator, force)
     started = time.monotonic()
     run = _Interleaved(
         source=source,
@@ -174,7 +178,7 @@ def prune_and_recover(
         training=training,
         packed=_packed(data, tokenizer, training, held_out, cache, emit),
         tokenizer=tokenizer,
-        teacher=_teacher(source if training.distill else None, training, False, emit),
+        teacher=_teacher(source if training.distill else None, emit),
         keep_moments=keep_moments,
         work=work,
         minutes=minutes,
@@ -370,15 +374,42 @@ def _packed(
     return first, second if held_out else None
 
 
-def _teacher(
-    teacher: str | Path | Source | None, training: Training, trust_remote_code: bool, emit: Emit
-) -> Any:
+def _teacher_source(
+    teacher: str | Path | None, training: Training, trust_remote_code: bool, emit: Emit
+) -> Source | None:
     if not training.distill:
         return None
     if teacher is None:
         raise BadInput("distilling needs the dense model: name it with --teacher MODEL")
-    source = _resolved(teacher, None, trust_remote_code, emit)
-    return sources.load_model(source, dtype=machine.compute_dtype(), emit=emit)
+    return _resolved(teacher, None, trust_remote_code, emit)
+
+
+def _teacher(source: Source | None, emit: Emit) -> Any:
+    return source and sources.load_model(source, dtype=machine.compute_dtype(), emit=emit)
+
+
+def _check_memory(
+    config: Any,
+    teacher: Any,
+    training: Training,
+    removed: int,
+    accelerator: Any,
+    force: bool,
+) -> None:
+    """Refuse what will not fit before anything is read: the model of ``config`` less ``removed`` parameters."""
+    processes = int(accelerator.num_processes)
+    memory.fitting_micro_batch(
+        config,
+        training,
+        teacher if training.distill else None,
+        accelerator.device,
+        machine.compute_dtype(accelerator.device),
+        processes,
+        removed=removed,
+        shards=processes if is_fsdp(accelerator) else 1,
+        force=force,
+        emit=ignore,  # the trainer tells
+    )
 
 
 def _named(teacher: str | Path | None) -> str | None:

@@ -93,15 +93,16 @@ class Trainer:
         self._device = self._accelerator.device
         self._dtype = machine.compute_dtype(self._device)
         self._emit = emit if self._accelerator.is_main_process else ignore
-        self._sharded = _is_fsdp(self._accelerator) if sharded is None else sharded
+        self._sharded = is_fsdp(self._accelerator) if sharded is None else sharded
         self._check(model, teacher)
         self.micro_batch = memory.fitting_micro_batch(
-            model,
+            model.config,
             settings,
-            teacher,
+            teacher.config if teacher is not None and settings.distill else None,
             self._device,
             self._dtype,
             self._processes,
+            loaded=_bytes_on_cpu(model, teacher) if self._device.type == "cpu" else 0,
             shards=self._processes if self._sharded else 1,
             force=force,
             emit=self._emit,
@@ -481,6 +482,11 @@ class Trainer:
             )
 
 
+def _bytes_on_cpu(*models: Any) -> int:
+    """Return what loaded models take, which is theirs to use."""
+    return sum(p.nbytes for model in models if model is not None for p in model.parameters())
+
+
 def launched() -> Any:
     """Return accelerate's view of how this process was launched; the others wait for one that prunes, or reads data."""
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -488,7 +494,8 @@ def launched() -> Any:
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
 
 
-def _is_fsdp(accelerator: Any) -> bool:
+def is_fsdp(accelerator: Any) -> bool:
+    """Tell whether weights are to be spread over the processes."""
     from accelerate.utils import DistributedType
 
     return bool(accelerator.distributed_type == DistributedType.FSDP)
