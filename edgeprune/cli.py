@@ -5,6 +5,7 @@ The engine is imported inside the commands: ``edgeprune --help`` must not wait f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -321,10 +322,13 @@ def recover(
 
     edgeprune recover pruned -o recovered --data wiki.jsonl=3 --data builtin=1 --tokens 1M --distill 0.5 --teacher dense
     """
+    from edgeprune.events import ignore
     from edgeprune.recovery import recover as work
     from edgeprune.recovery.settings import training_for
 
-    with console.progress() as emit:
+    speaks = os.environ.get("RANK", "0") == "0"  # the first of the processes that were launched
+    with console.progress() as draw:
+        emit = draw if speaks else ignore
         settings = training_for(
             _count("--tokens", tokens),
             emit,
@@ -351,8 +355,9 @@ def recover(
             trust_remote_code=trust_remote_code,
             emit=emit,
         )
-    _answer(summary, as_json, lambda _: _inspected(output))
-    console.note(f"next: edgeprune ppl {output}")
+    if speaks:
+        _answer(summary, as_json, lambda _: _inspected(output))
+        console.note(f"next: edgeprune ppl {output}")
 
 
 @app.command(short_help="Show what a model is made of.")
