@@ -1,15 +1,21 @@
-"""The main job on the real 135M model, through the recipe: pruned, exported, measured, told."""
+"""The main job on the real 135M model, through the recipe: pruned, trained, exported, measured, told."""
 
 from __future__ import annotations
 
 import json
 
+import torch
+from safetensors.torch import load_file
+
 import edgeprune
-from edgeprune import recipe, report
+from edgeprune import prune, recipe, report
+from edgeprune.events import TrainStep
 from edgeprune.exporters.sizes import file_bytes
+from edgeprune.log import read_events
 from edgeprune.nonuniform import layer_widths
 from edgeprune.run import run
 from edgeprune.sources import load_config, resolve
+from edgeprune.state_file import read_kept
 
 RECIPE = """
 [source]
@@ -20,6 +26,14 @@ iterations = 2
 repair_samples = 16
 samples = 16
 length = 64
+[recover]
+data = ["builtin"]
+tokens = 3072
+length = 128
+batch = 8
+interleavings = 2
+distill = 0.5
+held_out = 1024
 [export]
 precision = "int4"
 [profile]
@@ -31,7 +45,10 @@ max_tokens = 4096
 """
 
 
-def test_a_recipe_makes_the_real_model_smaller_and_says_what_it_cost(smollm2, tmp_path):
+def test_a_recipe_makes_the_real_model_smaller_and_says_what_it_cost(
+    smollm2, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where packed texts are kept
     folder = tmp_path / "run"
     results = run(recipe.parse_toml(RECIPE), folder)
     dense, pruned = results["dense"], results["pruned"]
@@ -56,5 +73,25 @@ def test_a_recipe_makes_the_real_model_smaller_and_says_what_it_cost(smollm2, tm
     assert json.loads((folder / "results.json").read_text("utf-8")) == results
     assert report.summary(results) in " ".join((folder / "report.html").read_text("utf-8").split())
 
+    trained = [e for e in read_events(folder / "events.jsonl") if isinstance(e, TrainStep)]
+    assert [step.step for step in trained] == [1, 2, 3]
+    assert all(step.kl is not None and 0 < step.kl < step.lm_loss for step in trained)
+    assert len(results["prune"]["made"]["recovery"]["held_out_loss"]) == 3
+
     model = edgeprune.load(folder / "pruned")
     assert model.num_parameters() == pruned["parameters"]
+
+
+def test_weights_that_stay_in_their_file_are_pruned_alike(smollm2, tmp_path):
+    wanted = {"sparsity": 0.3, "iterations": 2, "samples": 4, "length": 32, "repair_samples": 8}
+    found = []
+    for name, stream in (("loaded", False), ("mapped", True)):
+        prune(smollm2, tmp_path / name, stream=stream, kept=tmp_path / f"{name}.kept", **wanted)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        found.append((weights, read_kept(tmp_path / f"{name}.kept")))
+    (weights, kept), (others, others_kept) = found
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    for one, other in zip(kept, others_kept, strict=True):
+        assert torch.equal(one.attention, other.attention)
+        assert torch.equal(one.mlp, other.mlp)
