@@ -98,6 +98,27 @@ def iterations(
         return _svg(figure)
 
 
+def training(
+    losses: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]], cuts: Sequence[int]
+) -> str:
+    """Draw how training went: losses of (update, nats a token), and after which updates the model was cut."""
+    with _figure(3.4) as figure:
+        axes = figure.subplots()
+        axes.plot(
+            *zip(*losses, strict=True), color=PRUNED, alpha=0.6, linewidth=1, label="trained on"
+        )
+        if held_out:
+            updates, values = zip(*held_out, strict=True)
+            axes.plot(updates, values, color=INK, marker="o", markersize=3, label="held out")
+        for update in cuts:
+            axes.axvline(update + 0.5, color=MUTED, linewidth=0.8, linestyle=":")
+        axes.set(ylabel="nats per token", xlabel="update")
+        axes.grid(axis="y")
+        axes.legend(loc="upper right", ncols=2)
+        _whole_numbers(axes.xaxis)
+        return _svg(figure)
+
+
 def _heat_map(
     figure: Figure,
     axes: Any,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import machine
-from edgeprune.events import Event, PruneIteration
+from edgeprune.events import Evaluation, Event, PruneIteration, TrainStep
 from edgeprune.quantities import format_bytes, format_count
 from edgeprune.recipe import Recipe
 
@@ -307,6 +307,7 @@ def _plots(results: dict[str, Any], events: Iterable[Event]) -> list[Plot]:
             plots.widths(results["dense"]["layers"], results["pruned"]["layers"]),
         )
     ]
+    events = list(events)
     steps = _iterations(events)
     if steps:
         importance = [step.layer_importance for step in steps]
@@ -316,6 +317,15 @@ def _plots(results: dict[str, Any], events: Iterable[Event]) -> list[Plot]:
                 "How pruning went",
                 f"{len(steps)} iterations; importance is measured anew in each.",
                 plots.iterations(importance, sparsity, [step.loss for step in steps]),
+            )
+        )
+    losses, held_out, cuts = _training(events)
+    if losses:
+        found.append(
+            Plot(
+                "How training went",
+                f"{len(losses)} updates; the model was cut where the dotted lines are.",
+                plots.training(losses, held_out, cuts),
             )
         )
     between, decode = _samples(results["profile"])
@@ -335,6 +345,24 @@ def _iterations(events: Iterable[Event]) -> list[PruneIteration]:
     return [last[number] for number in sorted(last)]
 
 
+def _training(
+    events: Iterable[Event],
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[int]]:
+    """Return the losses of the updates, those of the held-out text, and after which updates a cut came."""
+    losses: dict[int, float] = {}
+    held_out: dict[int, float] = {}
+    cuts, update = set(), 0
+    for event in events:
+        if isinstance(event, TrainStep):
+            update = event.step
+            losses[update] = event.loss
+        elif isinstance(event, Evaluation):
+            held_out[event.step] = event.loss
+        elif isinstance(event, PruneIteration) and update:
+            cuts.add(update)
+    return sorted(losses.items()), sorted(held_out.items()), sorted(cuts)
+
+
 def _provenance(results: dict[str, Any]) -> list[tuple[str, str]]:
     here, model = results["machine"], results["model"]
     memory = format_bytes(here["memory_bytes"])
@@ -351,10 +379,17 @@ def _provenance(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _recipe(settings: dict[str, Any]) -> str:
     named = {
-        section: {key: _name(v) if isinstance(v, str) else v for key, v in values.items()}
+        section: {key: _named(value) for key, value in values.items()}
         for section, values in settings.items()
+        if values is not None
     }
     return Recipe.model_validate(named).to_toml()
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_named(each) for each in value]
+    return _name(value) if isinstance(value, str) else value
 
 
 def _text(results: dict[str, Any]) -> str:

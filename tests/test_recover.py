@@ -194,8 +194,13 @@ def test_the_target_is_met_and_each_stage_is_trained(dense, tmp_path, cache):
     assert order == [PruneIteration, TrainStep] + [PruneIteration] + 2 * [TrainStep] + [
         PruneIteration
     ] + 3 * [TrainStep]
-    left = [e.decoder_parameters for e in events if isinstance(e, PruneIteration)]
+    cuts = [e for e in events if isinstance(e, PruneIteration)]
+    assert [(e.iteration, e.of) for e in cuts] == [(1, 3), (2, 3), (3, 3)]
+    left = [e.decoder_parameters for e in cuts]
     assert left == sorted(left, reverse=True)
+    for cut in cuts:  # of the dense model, whose layers are alike here
+        whole = counts["dense_decoder"]
+        assert sum(cut.layer_sparsity) / 4 == pytest.approx(1 - cut.decoder_parameters / whole)
     assert record["made"]["recovery"]["interleavings"] == 3
     assert record["source"]["name"] == "dense"
     assert not (tmp_path / "work").exists()

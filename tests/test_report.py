@@ -6,7 +6,7 @@ import pytest
 
 from edgeprune import recipe as recipes
 from edgeprune import report
-from edgeprune.events import Note, PruneIteration
+from edgeprune.events import Evaluation, Note, PruneIteration, TrainStep
 
 LAYERS = 4
 DENSE = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
@@ -157,6 +157,38 @@ def test_the_page_escapes_names_and_keeps_the_folders_of_this_machine_to_itself(
 
 def test_an_iteration_done_twice_counts_once():
     assert [(e.iteration, e.loss) for e in report._iterations(EVENTS)] == [(1, 3.0), (2, 3.4)]
+
+
+def test_training_has_a_plot_with_its_cuts(results):
+    def step(number, loss):
+        return TrainStep(
+            step=number,
+            of=3,
+            loss=loss,
+            lm_loss=loss,
+            learning_rate=1e-4,
+            gradient_norm=1.0,
+            tokens=64 * number,
+            tokens_per_second=10.0,
+            seconds_left=0.0,
+        )
+
+    held_out = Evaluation(step=3, loss=3.5, perplexity=33.1, tokens=64)
+    # the second update was done twice, since its worker was killed
+    cut = next(event for event in EVENTS if isinstance(event, PruneIteration))
+    events = [cut, step(1, 5.0), step(2, 4.5), cut, step(2, 4.4), step(3, 4.0), held_out]
+    assert report._training(events) == ([(1, 5.0), (2, 4.4), (3, 4.0)], [(3, 3.5)], [2])
+    assert report.render(results, events).count("<svg") == 4
+
+
+def test_a_recipe_that_trains_is_shown_without_the_folders_of_this_machine(results):
+    recover = {"data": ["/home/ada/notes.txt=2", "builtin"], "tokens": 1000}
+    settings = recipes.parse(
+        {"source": {"model": "m"}, "prune": {"sparsity": 0.3}, "recover": recover}
+    )
+    page = report.render(results | {"settings": settings.model_dump()}, EVENTS)
+    assert "notes.txt=2" in page
+    assert "/home/ada" not in page
 
 
 def test_without_iterations_the_page_leaves_their_plot_out(results):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgeprune import checkpoint, machine, pruner, sources, state_file
 from edgeprune.errors import BadInput
-from edgeprune.events import Emit, Evaluation, Event, Note, ignore
+from edgeprune.events import Emit, Evaluation, Event, Note, PruneIteration, ignore
 from edgeprune.groups import Kept, cut, describe_layers
 from edgeprune.options import Effort, Options
 from edgeprune.recovery import checkpoints, memory
@@ -284,8 +284,29 @@ class _Interleaved:
             **self._options(number),
             state=folder / "prune-state.safetensors",
             kept=folder / KEPT,
-            emit=self.emit,
+            emit=self._of_the_whole(number, sources.load_config(before)),
         )
+
+    def _of_the_whole(self, number: int, before: Any) -> Emit:
+        """Count iterations over all stages, and what is removed from the dense model."""
+        iterations, stages = self._options(number)["iterations"], len(self.stages)
+        dense = [g.parameters for g in describe_layers(sources.load_config(self.source))]
+        left = [g.parameters / d for g, d in zip(describe_layers(before), dense, strict=True)]
+
+        def pass_on(event: Event) -> None:
+            if isinstance(event, PruneIteration):
+                event = replace(
+                    event,
+                    iteration=(number - 1) * iterations + event.iteration,
+                    of=stages * iterations,
+                    layer_sparsity=[
+                        1 - (1 - s) * share
+                        for s, share in zip(event.layer_sparsity, left, strict=True)
+                    ],
+                )
+            self.emit(event)
+
+        return pass_on
 
     def _goal(self, number: int) -> dict[str, Any]:
         """The target of a stage's pruning, of whatever the stage before left."""
