@@ -25,7 +25,7 @@ class Pace:
     repair_samples: int
 
 
-# At 40 %, on one thread: best 76.9 in 35 minutes, quick 91.6 in under 10; balanced is not measured (RESULTS.md).
+# At 40 %, on one busy thread: quick 91.6 in under 10 minutes, balanced 84.7 in 18, best 76.9 in 35 (RESULTS.md).
 EFFORTS: dict[Effort, Pace] = {
     "quick": Pace(10, 64, 128),
     "balanced": Pace(25, 64, 256),
