@@ -5,7 +5,7 @@ compute type, and its weight gradients are handed to the caller once they are co
 batches go through one layer before any goes through the next: only the layers' inputs are held, and each layer runs
 forward a second time before its backward. That is what lets a model be walked that does not fit in memory as a whole,
 and what lets the pass go on after any layer (``waiting``). The other order, all layers for one micro batch after the
-other, is a fifth quicker and takes 2.5 times the memory of the weights and gradients (``benchmarks/RESULTS.md``).
+other, takes 30 % less time and 2.5 times the memory of the weights and gradients (``benchmarks/RESULTS.md``).
 """
 
 from __future__ import annotations

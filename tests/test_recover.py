@@ -70,6 +70,15 @@ def interleaved(dense, output, cache, **others):
     return prune_and_recover(dense, output, **wanted | others)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(dense, cache, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "compute_dtype", lambda *_: torch.float32)
+        interleaved(dense, output, cache)
+    return output
+
+
 def weights(folder):
     return edgeprune.load(folder).state_dict()
 
@@ -207,8 +216,9 @@ def test_the_target_is_met_and_each_stage_is_trained(dense, tmp_path, cache):
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 7, 8, 9])
-def test_a_run_that_was_killed_goes_on_to_the_same_model(dense, tmp_path, cache, stop_at):
-    interleaved(dense, tmp_path / "whole", cache)
+def test_a_run_that_was_killed_goes_on_to_the_same_model(
+    dense, tmp_path, cache, uninterrupted, stop_at
+):
     seen = 0
 
     def kill(event):
@@ -220,7 +230,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_model(dense, tmp_path, cache,
     with pytest.raises(Killed):
         interleaved(dense, tmp_path / "out", cache, minutes=0.0, emit=kill)
     interleaved(dense, tmp_path / "out", cache, minutes=0.0)
-    assert same(tmp_path / "whole", tmp_path / "out")
+    assert same(uninterrupted, tmp_path / "out")
 
 
 def test_one_interleaving_is_to_prune_and_then_to_train(dense, tmp_path, cache):
@@ -230,10 +240,9 @@ def test_one_interleaving_is_to_prune_and_then_to_train(dense, tmp_path, cache):
     assert same(tmp_path / "both", tmp_path / "out")
 
 
-def test_moments_that_are_kept_make_a_difference(dense, tmp_path, cache):
-    interleaved(dense, tmp_path / "kept", cache)
+def test_moments_that_are_kept_make_a_difference(dense, tmp_path, cache, uninterrupted):
     interleaved(dense, tmp_path / "anew", cache, keep_moments=False)
-    assert not same(tmp_path / "kept", tmp_path / "anew")
+    assert not same(uninterrupted, tmp_path / "anew")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
