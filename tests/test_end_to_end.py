@@ -14,7 +14,7 @@ from edgeprune.exporters.sizes import file_bytes
 from edgeprune.log import read_events
 from edgeprune.nonuniform import layer_widths
 from edgeprune.run import run
-from edgeprune.sources import load_config, resolve
+from edgeprune.sources import load_config, load_tokenizer, resolve
 from edgeprune.state_file import read_kept
 
 RECIPE = """
@@ -65,8 +65,8 @@ def test_a_recipe_makes_the_real_model_smaller_and_says_what_it_cost(
     onnx = sum(f.stat().st_size for f in (folder / "export-pruned").glob("model.onnx*"))
     assert onnx <= file_bytes(config, "int4") <= 1.02 * onnx
 
-    # a tenth gone costs something, and far less than the language
-    assert 1.0 < pruned["token_perplexity"] / dense["token_perplexity"] < 1.6
+    # a tenth gone costs little; training on texts of this kind may win back more than that
+    assert 0.8 < pruned["token_perplexity"] / dense["token_perplexity"] < 1.6
     for figure in ("prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes"):
         assert dense[figure] > 0
         assert pruned[figure] > 0
@@ -83,10 +83,13 @@ def test_a_recipe_makes_the_real_model_smaller_and_says_what_it_cost(
 
 
 def test_weights_that_stay_in_their_file_are_pruned_alike(smollm2, tmp_path):
+    folder = tmp_path / "dense"  # bfloat16: a quantized GGUF is unpacked to it only when streamed
+    edgeprune.load(smollm2, dtype=torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(resolve(smollm2)).save_pretrained(folder)
     wanted = {"sparsity": 0.3, "iterations": 2, "samples": 4, "length": 32, "repair_samples": 8}
     found = []
     for name, stream in (("loaded", False), ("mapped", True)):
-        prune(smollm2, tmp_path / name, stream=stream, kept=tmp_path / f"{name}.kept", **wanted)
+        prune(folder, tmp_path / name, stream=stream, kept=tmp_path / f"{name}.kept", **wanted)
         weights = load_file(tmp_path / name / "model.safetensors")
         found.append((weights, read_kept(tmp_path / f"{name}.kept")))
     (weights, kept), (others, others_kept) = found
