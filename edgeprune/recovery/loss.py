@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 # Bytes of a chunk's logits. Less makes more passes over the head's gradient, more only takes memory.
 CHUNK_BYTES = 2**27
 IGNORED = -100
+# Outputs or inputs from which on a product with a transposed left side is the slower way, and the rows of a strip.
+WIDE, STRIP = 1024, 256
 
 
 @dataclass(frozen=True)
@@ -144,19 +146,29 @@ class _Sum:
     def total(self) -> Tensor:
         if self._sum is None:
             return torch.zeros_like(self._like)
-        return self._sum.to(self._like.dtype)
+        total = self._sum.to(self._like.dtype)
+        return total if total.is_contiguous() else _transposed(total.t())
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """Return gradient^T x of (tokens, outputs) and (tokens, inputs).
 
-    CPUs multiply bfloat16 with a transposed left side at half speed: the smaller of the two is transposed first.
+    CPUs multiply bfloat16 with a large transposed left side at half speed: the smaller of the two is transposed first.
     """
-    if gradient.device.type != "cpu" or gradient.dtype != torch.bfloat16:
+    sizes = (gradient.shape[1], x.shape[1])
+    if gradient.device.type != "cpu" or x.dtype != torch.bfloat16 or max(sizes) < WIDE:
         return gradient.t() @ x
-    if gradient.shape[1] <= x.shape[1]:
-        return gradient.t().contiguous() @ x
-    return (x.t().contiguous() @ gradient).t()
+    if sizes[0] <= sizes[1]:
+        return _transposed(gradient) @ x
+    return (_transposed(x) @ gradient).t()
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """Return x^T, contiguous: by strips, since rows a power of two apart fall onto the same lines of the cache."""
+    out = x.new_empty(x.shape[1], x.shape[0])
+    for rows, columns in zip(x.split(STRIP), out.split(STRIP, 1), strict=True):
+        columns.copy_(rows.t())
+    return out
 
 
 def _chunk(

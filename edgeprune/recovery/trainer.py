@@ -35,7 +35,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # A loss this far above its own course, in nats, this many updates in a row, is not coming back by itself.
 EXPLODED, EXPLODED_STEPS = 2.0, 3
 # Floating-point operations of a training from which on the minutes of a compiler are well spent.
-WORTH_COMPILING = 5e14
+WORTH_COMPILING = 1.5e14
 LONGEST_WAIT = timedelta(days=2)
 # How much of the course is the past.
 COURSE = 0.9
