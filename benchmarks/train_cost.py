@@ -117,7 +117,8 @@ def tell(
     )
     print("|---|---|---|---|---|")
     print(
-        f"| {speed:.0f} | {share:.0%} ({low:.0%} to {high:.0%}) | {taken / 1e6:.0f} | {said / 1e6:.0f} | {taken / said:.2f} |"
+        f"| {speed:.0f} | {share:.0%} ({low:.0%} to {high:.0%}) "
+        f"| {taken / 1e6:.0f} | {said / 1e6:.0f} | {taken / said:.2f} |"
     )
 
 

@@ -283,7 +283,8 @@ def recover(
         float | None,
         typer.Option(
             metavar="RATE",
-            help="The highest; default: 2e-5, up to 2e-4 where there are few updates. The lowest is a tenth.",
+            help="The highest; default: 2e-5, up to 2e-4 where there are few updates, ten times that with LoRA. "
+            "The lowest is a tenth.",
             show_default=False,
         ),
     ] = None,
@@ -291,6 +292,18 @@ def recover(
         bool,
         typer.Option("--checkpointing", help="Compute activations twice instead of keeping them."),
     ] = False,
+    optimizer: Annotated[
+        Literal["adamw", "adamw-8bit"],
+        typer.Option(help="Moments of 8 bytes a weight, or of 2 (pip install 'edgeprune\\[8bit]')."),
+    ] = "adamw",
+    lora_rank: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Train low-rank additions, merged at the end, where the whole model does not fit; 0: train the whole.",
+        ),
+    ] = 0,
     held_out: Annotated[
         int, typer.Option(metavar="N", min=0, help="Tokens to measure on and not to train on.")
     ] = 20_000,
@@ -339,6 +352,8 @@ def recover(
             distill=distill,
             temperature=temperature,
             checkpointing=checkpointing,
+            optimizer=optimizer,
+            lora_rank=lora_rank,
             seed=seed,
         )
         summary = work.recover(

@@ -126,9 +126,13 @@ class RecoverSection(_Section):
     micro_batch: Positive | None = None
     """Sequences at once in a process; absent: as memory allows."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """The highest; absent: 2e-5, up to 2e-4 where there are few updates. The lowest is a tenth."""
+    """The highest; absent: 2e-5, up to 2e-4 where there are few updates, ten times that with LoRA."""
     checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """Moments of 8 bytes a weight, or of 2 (needs bitsandbytes)."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Train low-rank additions and merge them at the end; 0: train the whole model."""
     held_out: Annotated[int, Field(ge=0)] = 20_000
     """Tokens to measure on and not to train on."""
     minutes: Annotated[float, Field(ge=0)] = 10.0

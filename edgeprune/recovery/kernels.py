@@ -141,7 +141,10 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return gradient @ weight, weight_gradient(gradient.flatten(0, -2), x.flatten(0, -2))
+        by_weight = None
+        if ctx.needs_input_grad[1]:  # frozen ones have none
+            by_weight = weight_gradient(gradient.flatten(0, -2), x.flatten(0, -2))
+        return gradient @ weight, by_weight
 
 
 # Rows of attention at a time: what a row may not see because it comes later is not computed, but for the last block.

@@ -15,6 +15,7 @@ from edgeprune.events import Emit, Note
 from edgeprune.families import head_dim
 from edgeprune.nonuniform import layer_widths
 from edgeprune.quantities import format_bytes
+from edgeprune.recovery import lora
 from edgeprune.recovery.kernels import LONGEST_ATTENTION
 from edgeprune.recovery.loss import CHUNK_BYTES
 from edgeprune.recovery.settings import Training
@@ -23,6 +24,8 @@ from edgeprune.recovery.settings import Training
 # that few tokens waste time; more than this gains nothing.
 MICRO_BATCH_TOKENS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
 SHORTEST = 128
+# Of the additions that are advised where full training does not fit.
+LIGHT_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,24 @@ def estimate(
     kept = sum(layers)
     if settings.checkpointing:
         kept = max(layers) + len(layers) * hidden
+    trained, frozen = parameters, 0
+    if settings.lora_rank:
+        trained = lora.parameters(sources.build_on_meta(config), settings.lora_rank)
+        frozen = parameters
     copies = dtype.itemsize if dtype != torch.float32 else 0
+    moments = 2 if settings.optimizer == "adamw-8bit" else 8
     head = config.vocab_size * config.hidden_size
     # gathered while it is used: the ends of the model and one layer
     gathered = (head + parameters // len(layers)) * dtype.itemsize if shards > 1 else 0
     chunk = min(CHUNK_BYTES, tokens * config.vocab_size * dtype.itemsize)
     return Estimate(
-        weights=parameters * 4 // shards + (gathered if shards > 1 else parameters * copies),
-        gradients=parameters * 4 // shards + 2 * head * dtype.itemsize,
-        optimizer=parameters * 8 // shards,
+        weights=frozen * dtype.itemsize
+        + trained * 4 // shards
+        + (gathered if shards > 1 else trained * copies),
+        gradients=trained * 4 // shards + (0 if frozen else 2 * head * dtype.itemsize),
+        optimizer=trained * moments // shards,
         activations=tokens * kept,
-        loss=chunk * (5 if teacher is not None else 2) + head * 4,
+        loss=chunk * (5 if teacher is not None else 2) + (0 if frozen else head * 4),
         teacher=_teacher_bytes(teacher, tokens, dtype),
     )
 
@@ -98,7 +108,7 @@ def _layer_bytes(config: Any, index: int, length: int, dtype: torch.dtype, devic
     size, hidden = head_dim(config), config.hidden_size
     if dtype == torch.float32:  # as transformers writes it
         return 4 * (6 * hidden + 3 * heads * size + 2 * kv_heads * size + 4 * channels)
-    values = 4 * hidden + 3 * heads * size + 2 * kv_heads * size + 3 * channels
+    values = 4 * hidden + 3 * heads * size + 2 * kv_heads * size + 4 * channels
     if device == "cpu" and length <= LONGEST_ATTENTION:
         values += heads * length * 3 // 4  # the probabilities of attention
     return dtype.itemsize * values
@@ -190,6 +200,13 @@ def _ways_out(settings: Training, micro_batch: int) -> Iterator[tuple[str, Train
     while length >= SHORTEST:
         yield f"{words} and length = {length}", replace(careful, length=length), 1
         length //= 2
+    if settings.optimizer != "adamw-8bit":
+        careful = replace(careful, optimizer="adamw-8bit")
+        words = f"{words} and the optimizer adamw-8bit"
+        yield words, careful, 1
+    if not settings.lora_rank:
+        light = f"LoRA of rank {LIGHT_RANK} (lora_rank = {LIGHT_RANK}) and activation checkpointing"
+        yield light, replace(careful, optimizer="adamw", lora_rank=LIGHT_RANK), 1
 
 
 def free_memory(device: torch.device) -> int:

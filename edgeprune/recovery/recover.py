@@ -92,7 +92,7 @@ def recover(
     packed = _packed(data, tokenizer, training, held_out, cache, emit)
     started = time.monotonic()
     trainer = Trainer(
-        sources.load_model(source, dtype=torch.float32, emit=emit),
+        sources.load_model(source, dtype=_loaded_type(training, accelerator), emit=emit),
         training,
         packed[0],
         teacher=_teacher(taught, emit),
@@ -231,7 +231,9 @@ class _Interleaved:
             if trainer is None:
                 trainer = self._trainer(number)
             else:
-                carry = _carrier(trainer.model.config, kept) if self.keep_moments else None
+                carry = None  # LoRA's additions are part of the weights by now, and new ones begin
+                if self.keep_moments and not self.training.lora_rank:
+                    carry = _carrier(trainer.model.config, kept)
                 trainer.replace_model(self._model(number), carry)
             self._train(trainer, number)
         assert trainer is not None
@@ -245,7 +247,8 @@ class _Interleaved:
     def _model(self, number: int) -> Any:
         """Load a stage's model as it was cut, in the precision that it is trained in."""
         return sources.load_model(
-            sources.resolve(self._folder(number) / "pruned"), dtype=torch.float32
+            sources.resolve(self._folder(number) / "pruned"),
+            dtype=_loaded_type(self.training, self.accelerator),
         )
 
     def _trainer(self, number: int) -> Trainer:
@@ -372,6 +375,11 @@ def _stored_type(source: Source) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
+def _loaded_type(training: Training, accelerator: Any) -> torch.dtype:
+    """Return the type to load in what is trained: float32, or what is computed in where LoRA leaves it as it is."""
+    return machine.compute_dtype(accelerator.device) if training.lora_rank else torch.float32
+
+
 def _packed(
     data: Sequence[str],
     tokenizer: Any,
@@ -471,17 +479,19 @@ def _write(
     accelerator: Any,
 ) -> dict[str, Any]:
     """Write what is trained in the type ``dtype``; return its ``edgeprune.json``. One process does."""
-    weights = trainer.weights()  # of all processes
+    weights = trainer.each_weight()
     if accelerator.is_main_process:
         checkpoint.save_parts(
             trainer.model.config,
-            ({name: weight.to("cpu", dtype).contiguous()} for name, weight in weights.items()),
+            ({name: weight.to("cpu", dtype).contiguous()} for name, weight in weights),
             tokenizer,
             output,
             provenance=made,
             source=source,
             generation_config=trainer.model.generation_config,
         )
+    for _ in weights:  # the others hand over what they hold
+        pass
     accelerator.wait_for_everyone()
     record = checkpoint.read_provenance(output)
     assert record is not None

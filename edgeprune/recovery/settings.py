@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Note, ignore
+from edgeprune.recovery import lora
 from edgeprune.recovery.schedule import Schedule
 
 # A schedule needs this many updates to warm up, work and decay.
@@ -15,6 +16,8 @@ ENOUGH_STEPS = 100
 # From here on the paper's learning rate is taken as it is: a guess, to be measured.
 MANY_STEPS = 4000
 HIGHEST_RATE = 2e-4
+
+OptimizerName = Literal["adamw", "adamw-8bit"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Training:
         distill: weight of the teacher's KL divergence, in [0, 1]; the language model loss has the rest.
         temperature: of the KL divergence.
         checkpointing: keep only the layers' inputs for the backward pass and compute the rest twice.
+        optimizer: "adamw", or "adamw-8bit" with moments of 2 bytes a weight instead of 8.
+        lora_rank: train low-rank additions of this rank and add them to the weights at the end; 0 trains the weights.
         evaluations: how many times to measure the held-out loss, evenly over the run, the last at its end.
         seed: orders the sequences.
     """
@@ -54,6 +59,8 @@ class Training:
     distill: float = 0.0
     temperature: float = 1.0
     checkpointing: bool = False
+    optimizer: OptimizerName = "adamw"
+    lora_rank: int = 0
     evaluations: int = 10
     seed: int = 0
 
@@ -81,7 +88,10 @@ class Training:
         for name in ("learning_rate", "clip", "temperature"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be a number above 0")
-        for name in ("min_learning_rate", "weight_decay", "evaluations"):
+        if self.optimizer not in get_args(OptimizerName):
+            names = " or ".join(get_args(OptimizerName))
+            raise BadInput(f"optimizer is '{self.optimizer}'; it must be {names}")
+        for name in ("min_learning_rate", "weight_decay", "evaluations", "lora_rank"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.warmup + self.decay > 1:
@@ -117,6 +127,8 @@ def training_for(
         if value < 1:
             raise BadInput(f"{name} is {value}; it must be at least 1")
     chosen = defaults_for(tokens, length, batch)
+    if learning_rate is None and others.get("lora_rank"):
+        learning_rate = lora.RATE * chosen.learning_rate
     if learning_rate is not None:
         chosen = replace(
             chosen,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,15 @@ from torch import Tensor
 from edgeprune import machine
 from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.events import Emit, Evaluation, Note, TrainStep, ignore
-from edgeprune.recovery import checkpoints, kernels, memory
+from edgeprune.recovery import checkpoints, kernels, lora, memory
 from edgeprune.recovery.loss import IGNORED
 from edgeprune.recovery.objective import Objective, head_of, without_dropout
+from edgeprune.recovery.optimizer import OPTIMIZERS, Moments, check_8bit
 from edgeprune.recovery.packing import Batch, Packed
 from edgeprune.recovery.peak import matmul_peak
 from edgeprune.recovery.settings import Training
 from edgeprune.recovery.weights import Replica, Shards
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # A loss this far above its own course, in nats, this many updates in a row, is not coming back by itself.
 EXPLODED, EXPLODED_STEPS = 2.0, 3
 # Floating-point operations of a training from which on the minutes of a compiler are well spent.
@@ -40,8 +41,6 @@ LONGEST_WAIT = timedelta(days=2)
 # How much of the course is the past.
 COURSE = 0.9
 
-Moments = dict[str, tuple[Tensor, Tensor]]
-
 
 class Trainer:
     """A training in progress.
@@ -49,6 +48,7 @@ class Trainer:
     Args:
         model: a causal language model of transformers, uniform or not. It is trained in place: moved to the device
             and, where that computes in bfloat16, its parameters become bfloat16; ``weights`` has the float32 ones.
+            With LoRA it is given adapters, and keeps them.
         settings: how to train.
         data: what to train on; gone through in a new order each time.
         teacher: the dense model, for ``settings.distill`` above 0; it is moved to the device in the compute type.
@@ -129,6 +129,10 @@ class Trainer:
                 raise BadInput(
                     f"the data is packed to {data.length} tokens and length is {settings.length}; make them the same"
                 )
+        if self._sharded and settings.lora_rank:
+            raise BadInput("LoRA needs all weights in each process; use it without FSDP")
+        if settings.optimizer == "adamw-8bit":
+            check_8bit(self._sharded)
         if settings.batch % self._processes:
             raise BadInput(
                 f"a batch of {settings.batch} cannot be shared by {self._processes} processes; "
@@ -149,6 +153,10 @@ class Trainer:
         settings = self.settings
         self.model = model
         without_dropout(model)
+        if settings.lora_rank:
+            lora.adapt(model, settings.lora_rank, settings.seed)
+        else:
+            model.requires_grad_(True)
         model.train()  # transformers recomputes activations in this mode alone
         if settings.checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -158,12 +166,12 @@ class Trainer:
             if self._sharded
             else Replica(model, self._device, self._dtype)
         )
-        self._optimizer = _adamw(self._weights.masters, settings)
+        self._optimizer = OPTIMIZERS[settings.optimizer](self._weights, settings)
         self._course: float | None = None
         self._above = 0
         self._pace: float | None = None
         if moments is not None:
-            self.set_moments(moments, updates)
+            self._optimizer.set_moments(moments, updates)
 
     @property
     def _processes(self) -> int:
@@ -189,8 +197,7 @@ class Trainer:
     @contextmanager
     def _fused(self) -> Iterator[None]:
         length = self.settings.length
-        flops = 6 * sum(m.numel() for m in self._weights.masters.values()) * self.settings.tokens
-        compiled = flops >= WORTH_COMPILING
+        compiled = self._flops() * self.settings.tokens >= WORTH_COMPILING
         with ExitStack() as stack:
             stack.enter_context(kernels.fused(self.model, length, compiled=compiled))
             if self._teacher is not None:
@@ -224,9 +231,7 @@ class Trainer:
         norm = self._weights.finish(1 / labelled, self.settings.clip, self._accelerator)
         self._watch(loss, norm)
         rate = self.schedule.rate(self.step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        self._optimizer.step(rate)
         self._weights.publish()
         self.step += 1
         self._tell(loss, lm_loss, kl, rate, norm, time.perf_counter() - started)
@@ -289,9 +294,6 @@ class Trainer:
         self._pace = (
             seconds if self._pace is None or self.step <= 2 else 0.8 * self._pace + 0.2 * seconds
         )
-        flops = 6 * sum(m.numel() for m in self._weights.masters.values())
-        if self._teacher is not None:
-            flops += 2 * sum(p.numel() for p in self._teacher.parameters())
         if self._emit is ignore:
             return
         peak = matmul_peak(str(self._device), self._dtype) * self._processes
@@ -306,10 +308,17 @@ class Trainer:
                 gradient_norm=norm,
                 tokens=self.step * each,
                 tokens_per_second=each / seconds,
-                peak_share=flops * each / seconds / peak,
+                peak_share=self._flops() * each / seconds / peak,
                 seconds_left=self._pace * (settings.steps - self.step),
             )
         )
+
+    def _flops(self) -> int:
+        """Floating-point operations of the matrix products that a token takes: frozen weights have no gradients."""
+        trained = sum(m.numel() for m in self._weights.masters.values())
+        in_all = sum(p.numel() for p in self.model.parameters())
+        taught = sum(p.numel() for p in self._teacher.parameters()) if self._teacher else 0
+        return 4 * in_all + 2 * trained + 2 * taught
 
     # ---- measuring
 
@@ -347,27 +356,21 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the float32 weights by their names in the model, whole, not copied where they are at hand."""
-        return {n: self._weights.whole(m.detach()) for n, m in self._weights.masters.items()}
+        return dict(self.each_weight())
+
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+        """Give them one after the other; all processes must ask for all of them.
+
+        With LoRA the additions are added, and what was not trained is in the type that is computed in.
+        """
+        masters = self._weights.masters
+        if self.settings.lora_rank:
+            return lora.merged(self.model, masters)
+        return ((n, self._weights.whole(m.detach())) for n, m in masters.items())
 
     def moments(self) -> Moments:
         """Return AdamW's first and second moments by the names of the weights; empty before the first update."""
-        found = {}
-        for name, master in self._weights.masters.items():
-            state = self._optimizer.state.get(master)
-            if state:
-                first, second = (self._weights.whole(state[key]) for key in MOMENTS)
-                found[name] = (first, second)
-        return found
-
-    def set_moments(self, moments: Moments, updates: int) -> None:
-        """Give AdamW its moments after ``updates`` updates; the other weights' start from nothing."""
-        for name, both in moments.items():
-            master = self._weights.masters[name]
-            parts = (self._weights.part(name, each) for each in both)
-            self._optimizer.state[master] = {
-                "step": torch.tensor(float(updates), device=self._device),
-                **dict(zip(MOMENTS, parts, strict=True)),
-            }
+        return self._optimizer.moments()
 
     def replace_model(self, model: Any, carry: Callable[[str, Tensor], Tensor] | None) -> None:
         """Go on with a smaller model: same step, same schedule, its AdamW moments cut from this one's.
@@ -434,9 +437,8 @@ class Trainer:
         """Give the weights and moments as this process holds them, by their names in a checkpoint."""
         for name, master in self._weights.masters.items():
             yield f"weight.{name}", master
-            state = self._optimizer.state.get(master, {})
-            for key in MOMENTS if state else ():
-                yield f"{key}.{name}", state[key]
+            for key, tensor in self._optimizer.state(name):
+                yield f"{key}.{name}", tensor
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint: one folder ``step-NNNNNNNN`` or the folder they are in.
@@ -455,9 +457,9 @@ class Trainer:
         with _tensors(found) as read, torch.no_grad():
             for name, master in masters.items():
                 master.copy_(self._weights.part(name, read(f"weight.{name}")))
-            if about["step"]:
-                moments = {n: tuple(read(f"{key}.{n}") for key in MOMENTS) for n in masters}
-                self.set_moments(moments, about["step"])  # type: ignore[arg-type]
+                if about["step"]:
+                    own = partial(_own, read, name)
+                    self._optimizer.set_state(name, own, about["step"])
             _set_random_states(read)
         self._weights.publish()
         self.step, self._course, self.notes = about["step"], about["course"], about["notes"]
@@ -509,14 +511,8 @@ def _frozen(teacher: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return teacher
 
 
-def _adamw(masters: dict[str, torch.nn.Parameter], settings: Training) -> torch.optim.AdamW:
-    matrices = [m for m in masters.values() if m.ndim > 1]
-    vectors = [m for m in masters.values() if m.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+def _own(read: Callable[[str], Tensor], name: str, key: str) -> Tensor:
+    return read(f"{key}.{name}")
 
 
 # ---- random states

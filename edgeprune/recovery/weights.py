@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Replica:
-    """All weights of a model on this process's device.
+    """All weights of a model on this process's device: trained where they require gradients, or frozen.
 
     ``masters`` are float32 parameters by name, each with a ``grad`` that is a part of one flat float32 buffer. Where
     the model computes in bfloat16 its own parameters are rounded copies of them, made once an update, and what a
@@ -23,7 +23,10 @@ class Replica:
         model.to(
             device
         )  # first: where the device is named otherwise ("cpu:0") it copies, gradients too
-        parameters = dict(model.named_parameters())
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        for parameter in frozen:
+            parameter.data = parameter.data.to(dtype)
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._copies: list[Tensor] = []
         self.masters: dict[str, nn.Parameter] = {}
         self._flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=device)
@@ -32,7 +35,6 @@ class Replica:
         for (name, parameter), place in zip(parameters.items(), places, strict=True):
             # copied, since a cut model shares what is whole with the dense one
             full = parameter.detach().to(device, torch.float32, copy=True)
-            parameter.requires_grad_(True)
             parameter.grad = None
             parameter.data = full.to(dtype)
             master = parameter
