@@ -105,6 +105,7 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
                 interleavings=int(number),
                 keep_moments="fresh" not in parts,
                 work=Path(folder) / "work",
+                emit=listen,
             )
             loss = f"{record['made']['recovery']['held_out_loss'][-1]['loss']:.3f}"
         whole = time.monotonic() - started

@@ -294,7 +294,9 @@ def recover(
     ] = False,
     optimizer: Annotated[
         Literal["adamw", "adamw-8bit"],
-        typer.Option(help="Moments of 8 bytes a weight, or of 2 (pip install 'edgeprune\\[8bit]')."),
+        typer.Option(
+            help="Moments of 8 bytes a weight, or of 2 (pip install 'edgeprune\\[8bit]')."
+        ),
     ] = "adamw",
     lora_rank: Annotated[
         int,

@@ -139,6 +139,10 @@ class RecoverSection(_Section):
     """Between two checkpoints."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the order of the text."""
+    processes: Positive | None = None
+    """That train together on this machine; absent: one for each GPU."""
+    sharded: bool = False
+    """Spread weights, gradients and moments over the processes (FSDP2), instead of all of them in each."""
 
 
 class ExportSection(_Section):

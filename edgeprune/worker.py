@@ -104,19 +104,17 @@ def _prune(work: Work) -> dict[str, Any]:
     from edgeprune.pruner import prune
 
     pruned = work.folder / PRUNED
-    options = work.recipe.prune.model_dump(exclude={*recipes.TARGETS})
-    options["skip_layers"] = tuple(work.recipe.prune.skip_layers)
     precision = work.recipe.export.precision
     if not pruned.exists():  # it does if a worker was killed before it could record it
         with work.artefact(PRUNED) as output:
             if work.recipe.recover is not None:
-                _prune_and_recover(work, work.recipe.recover, output, options)
+                _recover(work, work.recipe.recover.processes, output)
             else:
                 prune(
                     _dense(work),
                     output,
                     **work.recipe.target(),
-                    **options,
+                    **_pruning(work),
                     precision=precision,
                     state=work.folder / PRUNE_STATE,
                     emit=work.emit,
@@ -124,18 +122,43 @@ def _prune(work: Work) -> dict[str, Any]:
     return {"summary": provenance.read_provenance(pruned), "inspection": inspect(pruned)}
 
 
-def _prune_and_recover(
-    work: Work, wanted: recipes.RecoverSection, output: Path, options: dict[str, Any]
-) -> None:
+def _pruning(work: Work) -> dict[str, Any]:
+    options = work.recipe.prune.model_dump(exclude={*recipes.TARGETS})
+    return options | {"skip_layers": tuple(work.recipe.prune.skip_layers)}
+
+
+def _recover(work: Work, wanted: int | None, output: Path) -> None:
+    from edgeprune.recovery import processes
+
+    number = processes.count(wanted)
+    if number > 1:
+        processes.run(work.folder, output, number)
+    else:
+        prune_and_recover(work, output)
+
+
+def prune_and_recover(work: Work, output: Path) -> None:
+    """Prune and train as the recipe's section ``[recover]`` says; one of several processes or all of it."""
     from edgeprune.recovery.recover import prune_and_recover
     from edgeprune.recovery.settings import training_for
 
-    own = {"data", "tokens", "interleavings", "spacing", "held_out", "minutes"}
+    wanted = work.recipe.recover
+    assert wanted is not None
+    own = {
+        "data",
+        "tokens",
+        "interleavings",
+        "spacing",
+        "held_out",
+        "minutes",
+        "processes",
+        "sharded",
+    }
     prune_and_recover(
         _dense(work),
         output,
         target=work.recipe.target(),
-        pruning=options,
+        pruning=_pruning(work),
         precision=work.recipe.export.precision,
         data=wanted.data,
         training=training_for(wanted.tokens, work.emit, **wanted.model_dump(exclude=own)),
@@ -143,6 +166,7 @@ def _prune_and_recover(
         spacing=wanted.spacing,
         held_out=wanted.held_out,
         minutes=wanted.minutes,
+        sharded=wanted.sharded,
         work=work.folder / RECOVERY,
         emit=work.emit,
     )
@@ -296,7 +320,7 @@ def work_through(folder: Path, stages: Sequence[Stage], emit: Emit) -> None:
             continue
         emit(StageStarted(stage=stage.name, title=stage.title, index=index, of=len(stages)))
         began = time.monotonic()
-        result = stage.do(Work(folder, recipe, dict(results), _within(stage.name, emit)))
+        result = stage.do(Work(folder, recipe, dict(results), within(stage.name, emit)))
         seconds = time.monotonic() - began
         results[stage.name] = result
         finished[stage.name] = {"seconds": seconds, "result": result}
@@ -318,7 +342,7 @@ def _finished(folder: Path, stages: Sequence[Stage]) -> dict[str, dict[str, Any]
     return finished
 
 
-def _within(stage: str, emit: Emit) -> Emit:
+def within(stage: str, emit: Emit) -> Emit:
     """Pass on what a stage's engine reports, but not its own stages: the run's are coarser."""
 
     def pass_on(event: Event) -> None:

@@ -421,6 +421,37 @@ def test_a_run_that_recovers_goes_on_after_a_kill_in_its_training(tiny_recipe, f
     assert not (folder / worker.RECOVERY).exists()
 
 
+def test_two_processes_recover_and_go_on_after_an_interrupt(tiny_recipe, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    recover = {"data": ["builtin"], "tokens": 400, "length": 32, "batch": 2, "minutes": 0.0}
+    recover |= {"interleavings": 2, "processes": 2}
+    recipe = recipes.parse(tiny_recipe.model_dump(exclude_none=True) | {"recover": recover})
+    events = []
+
+    def interrupt(event):
+        events.append(event)
+        if isinstance(event, TrainStep) and event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        runs.run(recipe, folder, interrupt)
+    results = runs.resume(folder, events.append)
+    steps = [event.step for event in events if isinstance(event, TrainStep)]
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+    assert len(steps) <= 7, "each is told by one process"
+    assert results["pruned"]["decoder_parameters"] <= 0.7 * results["dense"]["decoder_parameters"]
+    assert not leftovers(folder)
+
+
+def test_what_one_of_several_processes_refuses_is_told_once(tiny_recipe, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    recover = {"data": ["builtin"], "tokens": 999, "length": 32, "batch": 3, "processes": 2}
+    recipe = recipes.parse(tiny_recipe.model_dump(exclude_none=True) | {"recover": recover})
+    with pytest.raises(BadInput, match="cannot be shared by 2 processes") as raised:
+        runs.run(recipe, folder)
+    assert "\n" not in str(raised.value)
+
+
 def test_killed_at_every_stage_and_resumed_the_result_is_the_same(
     tiny_recipe, uninterrupted, folder, monkeypatch
 ):

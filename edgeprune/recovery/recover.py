@@ -88,7 +88,7 @@ def recover(
     measured, accelerator = _Evaluations(emit), launched()
     taught = _teacher_source(teacher, training, trust_remote_code, emit)
     config, teaches = sources.load_config(source), taught and sources.load_config(taught)
-    _check_memory(config, teaches, training, 0, accelerator, force)
+    _check_memory(config, teaches, training, 0, accelerator, is_fsdp(accelerator), force)
     packed = _packed(data, tokenizer, training, held_out, cache, emit)
     started = time.monotonic()
     trainer = Trainer(
@@ -130,6 +130,7 @@ def prune_and_recover(
     work: Path,
     minutes: float = 10.0,
     cache: Path | None = None,
+    sharded: bool | None = None,
     force: bool = False,
     emit: Emit = ignore,
 ) -> dict[str, Any]:
@@ -152,6 +153,7 @@ def prune_and_recover(
         work: a folder for what is unfinished: the same call goes on from it, and removes it at the end.
         minutes: between two checkpoints.
         cache: for the packed data; by default ``cache_folder()``.
+        sharded: spread what is trained over the processes (FSDP2); by default as ``accelerate`` was configured.
         force: train even though the memory seems too small.
         emit: hears progress.
 
@@ -168,7 +170,8 @@ def prune_and_recover(
     stages = plan(decoder, goal.removed, training.steps, interleavings, spacing)
     tokenizer = sources.load_tokenizer(source)
     measured, accelerator = _Evaluations(emit), launched()
-    _check_memory(config, config, training, stages[0].removed, accelerator, force)
+    sharded = is_fsdp(accelerator) if sharded is None else sharded
+    _check_memory(config, config, training, stages[0].removed, accelerator, sharded, force)
     started = time.monotonic()
     run = _Interleaved(
         source=source,
@@ -182,6 +185,7 @@ def prune_and_recover(
         keep_moments=keep_moments,
         work=work,
         minutes=minutes,
+        sharded=sharded,
         force=force,
         emit=measured,
         accelerator=accelerator,
@@ -213,6 +217,7 @@ class _Interleaved:
     keep_moments: bool
     work: Path
     minutes: float
+    sharded: bool
     force: bool
     emit: Emit
     accelerator: Any
@@ -260,6 +265,7 @@ class _Interleaved:
             held_out=self.packed[1],
             folder=self.work / TRAINING,
             minutes=self.minutes,
+            sharded=self.sharded,
             force=self.force,
             emit=self.emit,
             accelerator=self.accelerator,
@@ -423,6 +429,7 @@ def _check_memory(
     training: Training,
     removed: int,
     accelerator: Any,
+    sharded: bool,
     force: bool,
 ) -> None:
     """Refuse what will not fit before anything is read: the model of ``config`` less ``removed`` parameters."""
@@ -435,7 +442,7 @@ def _check_memory(
         machine.compute_dtype(accelerator.device),
         processes,
         removed=removed,
-        shards=processes if is_fsdp(accelerator) else 1,
+        shards=processes if sharded else 1,
         force=force,
         emit=ignore,  # the trainer tells
     )

@@ -493,7 +493,9 @@ def launched() -> Any:
     """Return accelerate's view of how this process was launched; the others wait for one that prunes, or reads data."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    # without it processes on CPUs would each train for themselves
+    cpu = machine.pick_device().type == "cpu"
+    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
 
 
 def is_fsdp(accelerator: Any) -> bool:
