@@ -135,6 +135,8 @@ class RecoverSection(_Section):
     """Between two checkpoints."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the order of the text."""
+    tensorboard: bool = False
+    """Write the course to ``tensorboard/`` in the run's folder, for TensorBoard to show."""
 
 
 class ExportSection(_Section):

@@ -46,6 +46,7 @@ RECIPE = "recipe.toml"
 STATE = "state.json"
 PRUNE_STATE = "prune-state.safetensors"
 RECOVERY = "recovery"
+TENSORBOARD = "tensorboard"
 UNFINISHED = "unfinished"
 PRUNED = "pruned"
 EXPORT_DENSE = "export-dense"
@@ -127,25 +128,28 @@ def _prune(work: Work) -> dict[str, Any]:
 def _prune_and_recover(
     work: Work, wanted: recipes.RecoverSection, output: Path, options: dict[str, Any]
 ) -> None:
+    from edgeprune import tensorboard
     from edgeprune.recovery.recover import prune_and_recover
     from edgeprune.recovery.settings import training_for
 
-    own = {"data", "tokens", "interleavings", "spacing", "held_out", "minutes"}
-    prune_and_recover(
-        _dense(work),
-        output,
-        target=work.recipe.target(),
-        pruning=options,
-        precision=work.recipe.export.precision,
-        data=wanted.data,
-        training=training_for(wanted.tokens, work.emit, **wanted.model_dump(exclude=own)),
-        interleavings=wanted.interleavings,
-        spacing=wanted.spacing,
-        held_out=wanted.held_out,
-        minutes=wanted.minutes,
-        work=work.folder / RECOVERY,
-        emit=work.emit,
-    )
+    own = {"data", "tokens", "interleavings", "spacing", "held_out", "minutes", "tensorboard"}
+    board = work.folder / TENSORBOARD if wanted.tensorboard else None
+    with tensorboard.recorded(board, work.emit) as emit:
+        prune_and_recover(
+            _dense(work),
+            output,
+            target=work.recipe.target(),
+            pruning=options,
+            precision=work.recipe.export.precision,
+            data=wanted.data,
+            training=training_for(wanted.tokens, emit, **wanted.model_dump(exclude=own)),
+            interleavings=wanted.interleavings,
+            spacing=wanted.spacing,
+            held_out=wanted.held_out,
+            minutes=wanted.minutes,
+            work=work.folder / RECOVERY,
+            emit=emit,
+        )
 
 
 def _export_dense(work: Work) -> dict[str, Any]:
