@@ -320,6 +320,12 @@ def recover(
     minutes: Annotated[
         float, typer.Option(metavar="N", min=0, help="Between two checkpoints.")
     ] = 10.0,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write the course here, to be shown by: tensorboard --logdir DIR."
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Train even though the memory seems too small.")
     ] = False,
@@ -340,10 +346,15 @@ def recover(
     from edgeprune.events import ignore
     from edgeprune.recovery import recover as work
     from edgeprune.recovery.settings import training_for
+    from edgeprune.tensorboard import check_folder, recorded
 
     speaks = os.environ.get("RANK", "0") == "0"  # the first of the processes that were launched
-    with console.progress() as draw:
-        emit = draw if speaks else ignore
+    if tensorboard is not None:
+        check_folder(tensorboard, output, state)
+    with (
+        console.progress() as draw,
+        recorded(tensorboard if speaks else None, draw if speaks else ignore) as emit,
+    ):
         settings = training_for(
             _count("--tokens", tokens),
             emit,

@@ -143,6 +143,8 @@ class RecoverSection(_Section):
     """That train together on this machine; absent: one for each GPU."""
     sharded: bool = False
     """Spread weights, gradients and moments over the processes (FSDP2), instead of all of them in each."""
+    tensorboard: bool = False
+    """Write the course to ``tensorboard/`` in the run's folder, for TensorBoard to show."""
 
 
 class ExportSection(_Section):

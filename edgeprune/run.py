@@ -1,8 +1,8 @@
 """A whole run from a recipe: starts the worker process, passes its events on, watches its end.
 
 The run's folder holds everything: ``recipe.toml`` as resolved, ``events.jsonl``, ``state.json``,
-the pruned checkpoint, both exports, ``results.json`` and ``report.html``. What the libraries print
-goes to ``worker.log``.
+the pruned checkpoint, both exports, ``results.json`` and ``report.html``; where the recipe asks for
+it, ``tensorboard/``. What the libraries print goes to ``worker.log``.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ OWN_FILES = (
     worker.STATE,
     worker.PRUNE_STATE,
     worker.RECOVERY,
+    worker.TENSORBOARD,
     worker.UNFINISHED,
     LOCK,
 )

@@ -36,6 +36,7 @@ from edgeprune.events import (
     RunStarted,
     StageFinished,
     StageStarted,
+    ignore,
 )
 from edgeprune.log import LogWriter
 from edgeprune.recipe import Recipe
@@ -46,6 +47,7 @@ RECIPE = "recipe.toml"
 STATE = "state.json"
 PRUNE_STATE = "prune-state.safetensors"
 RECOVERY = "recovery"
+TENSORBOARD = "tensorboard"
 UNFINISHED = "unfinished"
 PRUNED = "pruned"
 EXPORT_DENSE = "export-dense"
@@ -139,37 +141,33 @@ def _recover(work: Work, wanted: int | None, output: Path) -> None:
 
 def prune_and_recover(work: Work, output: Path) -> None:
     """Prune and train as the recipe's section ``[recover]`` says; one of several processes or all of it."""
+    from edgeprune import tensorboard
     from edgeprune.recovery.recover import prune_and_recover
     from edgeprune.recovery.settings import training_for
 
     wanted = work.recipe.recover
     assert wanted is not None
-    own = {
-        "data",
-        "tokens",
-        "interleavings",
-        "spacing",
-        "held_out",
-        "minutes",
-        "processes",
-        "sharded",
-    }
-    prune_and_recover(
-        _dense(work),
-        output,
-        target=work.recipe.target(),
-        pruning=_pruning(work),
-        precision=work.recipe.export.precision,
-        data=wanted.data,
-        training=training_for(wanted.tokens, work.emit, **wanted.model_dump(exclude=own)),
-        interleavings=wanted.interleavings,
-        spacing=wanted.spacing,
-        held_out=wanted.held_out,
-        minutes=wanted.minutes,
-        sharded=wanted.sharded,
-        work=work.folder / RECOVERY,
-        emit=work.emit,
-    )
+    own = {"data", "tokens", "interleavings", "spacing", "held_out", "minutes", "tensorboard"}
+    own |= {"processes", "sharded"}
+    speaks = work.emit is not ignore
+    board = work.folder / TENSORBOARD if wanted.tensorboard and speaks else None
+    with tensorboard.recorded(board, work.emit) as emit:
+        prune_and_recover(
+            _dense(work),
+            output,
+            target=work.recipe.target(),
+            pruning=_pruning(work),
+            precision=work.recipe.export.precision,
+            data=wanted.data,
+            training=training_for(wanted.tokens, emit, **wanted.model_dump(exclude=own)),
+            interleavings=wanted.interleavings,
+            spacing=wanted.spacing,
+            held_out=wanted.held_out,
+            minutes=wanted.minutes,
+            sharded=wanted.sharded,
+            work=work.folder / RECOVERY,
+            emit=emit,
+        )
 
 
 def _export_dense(work: Work) -> dict[str, Any]:

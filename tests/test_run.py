@@ -25,6 +25,7 @@ from edgeprune.events import (
     TrainStep,
 )
 from edgeprune.log import read_events
+from tests import scalars
 
 RECIPE = recipes.parse_toml('[source]\nmodel = "m"\n[prune]\nsparsity = 0.3\n')
 FAKE = Path(__file__).with_name("fake_worker.py")
@@ -398,9 +399,8 @@ def test_a_run_leaves_all_that_it_promises(uninterrupted):
 def test_a_run_that_recovers_goes_on_after_a_kill_in_its_training(tiny_recipe, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))  # where the packed text is kept
     recover = {"data": ["builtin"], "tokens": 400, "length": 32, "batch": 2, "minutes": 0.0}
-    recipe = recipes.parse(
-        tiny_recipe.model_dump(exclude_none=True) | {"recover": recover | {"interleavings": 2}}
-    )
+    recover |= {"interleavings": 2, "tensorboard": True}
+    recipe = recipes.parse(tiny_recipe.model_dump(exclude_none=True) | {"recover": recover})
 
     def interrupt(event):
         if isinstance(event, TrainStep) and event.step == 3:
@@ -419,6 +419,8 @@ def test_a_run_that_recovers_goes_on_after_a_kill_in_its_training(tiny_recipe, f
     assert results["pruned"]["decoder_parameters"] <= 0.7 * results["dense"]["decoder_parameters"]
     assert not leftovers(folder)
     assert not (folder / worker.RECOVERY).exists()
+    assert scalars.steps(folder / worker.TENSORBOARD, "train/loss") == [1, 2, 3, 4, 5, 6]
+    assert scalars.steps(folder / worker.TENSORBOARD / "pruning", "prune/loss") == [1, 2, 3, 4]
 
 
 def test_two_processes_recover_and_go_on_after_an_interrupt(tiny_recipe, folder, monkeypatch):
