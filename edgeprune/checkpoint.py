@@ -308,7 +308,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def model_card(record: dict[str, Any]) -> str:
     """Return the README.md of a checkpoint with this provenance."""
     sections = [
-        _front_matter(record["source"]),
+        _front_matter(record["source"], _removed(record)),
         _what_it_is(record),
         _how_to_load(),
         _widths_table(record),
@@ -317,25 +317,39 @@ def model_card(record: dict[str, Any]) -> str:
     return "\n".join(section.strip() + "\n" for section in sections)
 
 
-def _front_matter(source: dict[str, Any]) -> str:
+def _removed(record: dict[str, Any]) -> float:
+    """Return the share of the decoder layers' parameters that was removed."""
+    counts = record["parameters"]
+    return float(1 - counts["decoder"] / counts["dense_decoder"])
+
+
+def _front_matter(source: dict[str, Any], removed: float) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
     if source["licence"]:
         lines.append(f"license: {source['licence']}")
     if source["kind"] == "hub":
         lines.append(f"base_model: {source['name']}")
-    return "\n".join(["---", *lines, "tags:", "- edgeprune", "- pruned", "---"])
+    tags = ["- edgeprune", "- pruned"] if removed else ["- edgeprune"]
+    return "\n".join(["---", *lines, "tags:", *tags, "---"])
 
 
 def _what_it_is(record: dict[str, Any]) -> str:
     counts, source = record["parameters"], record["source"]
-    removed = 1 - counts["decoder"] / counts["dense_decoder"]
+    removed = _removed(record)
     revision = f" (revision {source['revision']})" if source["revision"] else ""
     licence = source["licence"] or "not stated by the source: ask its author"
+    name = source["name"]
+    title, what = f"{name}, trained further", f"A version of {name}{revision} of the same widths."
+    if removed:
+        title, what = (
+            f"{name}, {removed:.0%} pruned",
+            f"A version of {name}{revision} whose decoder layers have different widths: {removed:.1%} of\n"
+            "the parameters inside them were removed.",
+        )
     return f"""
-# {source["name"]}, {removed:.0%} pruned
+# {title}
 
-A version of {source["name"]}{revision} whose decoder layers have different widths: {removed:.1%} of
-the parameters inside them were removed.
+{what}
 
 | | dense | this model |
 |---|---:|---:|

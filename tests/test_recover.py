@@ -297,3 +297,10 @@ def test_what_will_not_fit_is_refused_before_anything_is_done(dense, tmp_path, c
         with pytest.raises(BadInput, match="training takes about"):
             work(dense, tmp_path / "out", cache)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_of_a_model_that_was_only_trained_says_so(dense, tmp_path, cache):
+    trained(dense, tmp_path / "out", cache)
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "# dense, trained further" in card
+    assert "pruned" not in card.partition("## Loading")[0]
