@@ -336,13 +336,16 @@ class _Interleaved:
         """Train to the end of a stage, and leave its model for the next one to prune."""
         trainer.notes = {"stage": number}
         begun = trainer.step
+        trained = self._folder(number) / "trained"
+        written = (
+            trained.exists()
+        )  # asked before the processes meet: later one may be at writing it
         trainer.run(self.stages[number - 1].until)
         if (
             trainer.step == begun
         ):  # it was at its end: what goes on from there must find this stage's model
             trainer.save(self.work / TRAINING)
-        trained = self._folder(number) / "trained"
-        if number < len(self.stages) and not trained.exists():
+        if number < len(self.stages) and not written:
             pruned = sources.resolve(self._folder(number) / "pruned")
             tokenizer, dtype = self.tokenizer, torch.float32
             _write(trainer, pruned, dtype, tokenizer, trained, {}, self.accelerator)
