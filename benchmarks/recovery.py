@@ -2,8 +2,8 @@
 
     python benchmarks/recovery.py [--tokens 300k] [--variants 1 4 8 4-distill 4-fresh]
 
-A variant is a number of interleavings, with ``-distill`` (half of the loss follows the dense model) or ``-fresh`` (the
-optimizer's moments begin anew after each cut). ``none`` is the pruned model without training. Trains on the
+A variant is a number of interleavings, with ``-distill`` (half of the loss follows the dense model; ``-taught``: all of
+it), ``-fresh`` (the optimizer's moments begin anew after each cut) or ``-lora`` (additions of rank 32 are trained). ``none`` is the pruned model without training. Trains on the
 texts beside the repository where they are present, on the one inside every Python where not; a part of them is held
 out. Perplexity is of --text, as in quality.py.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from quality import TEXTS, beside, measured, plain_text
@@ -31,6 +30,8 @@ DATA = (
     "standardebooks_cc0.jsonl.gz",
     "openstax_ccby.jsonl.gz",
 )
+
+DISTILL = {"distill": 0.5, "taught": 1.0}
 
 
 def main() -> None:
@@ -94,6 +95,8 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
                 length=options.length,
                 batch=options.batch,
                 learning_rate=options.learning_rate,
+                distill=next((DISTILL[part] for part in parts if part in DISTILL), 0.0),
+                lora_rank=32 if "lora" in parts else 0,
             )
             record = prune_and_recover(
                 options.model,
@@ -101,7 +104,7 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
                 target={"sparsity": options.sparsity},
                 pruning=pruning,
                 data=options.data or ["builtin"],
-                training=replace(training, distill=0.5 if "distill" in parts else 0.0),
+                training=training,
                 interleavings=int(number),
                 keep_moments="fresh" not in parts,
                 work=Path(folder) / "work",
