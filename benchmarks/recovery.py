@@ -3,9 +3,9 @@
     python benchmarks/recovery.py [--tokens 300k] [--variants 1 4 8 4-distill 4-fresh]
 
 A variant is a number of interleavings, with ``-distill`` (half of the loss follows the dense model; ``-taught``: all of
-it), ``-fresh`` (the optimizer's moments begin anew after each cut) or ``-lora`` (additions of rank 32 are trained). ``none`` is the pruned model without training. Trains on the
-texts beside the repository where they are present, on the one inside every Python where not; a part of them is held
-out. Perplexity is of --text, as in quality.py.
+it), ``-fresh`` (the optimizer's moments begin anew after each cut) or ``-lora`` (additions of rank 32 are trained).
+``none`` is the pruned model without training. Trains on the texts beside the repository where they are present, on the
+one inside every Python where not; a part of them is held out. Perplexity is of --text, as in quality.py.
 """
 
 from __future__ import annotations
