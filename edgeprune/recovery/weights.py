@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class Replica:
         self.masters: dict[str, nn.Parameter] = {}
         self._flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=device)
         self._hooks: list[Any] = []
+        self._places: list[Tensor] = []
+        self._filled = set[int]()
         places = self._flat.split([p.numel() for p in parameters.values()])
         for (name, parameter), place in zip(parameters.items(), places, strict=True):
             # copied, since a cut model shares what is whole with the dense one
@@ -41,16 +44,33 @@ class Replica:
             if dtype != torch.float32:
                 master = nn.Parameter(full)
                 self._copies.append(parameter.data)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_into(place)))
+                into = partial(self._into, len(self._places))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(into))
+                self._places.append(place.view(parameter.shape))
             master.grad = place.view(parameter.shape)
             self.masters[name] = master
 
     def zero(self) -> None:
-        """Forget the gradients."""
-        self._flat.zero_()
+        """Forget the gradients: the next ones are written over them."""
+        self._filled.clear()
+        if not self._hooks:
+            self._flat.zero_()
+
+    def _into(self, number: int, parameter: Tensor) -> None:
+        """Add a parameter's gradient to its place in the buffer; the first of an update is copied, which is quicker."""
+        assert parameter.grad is not None
+        if number in self._filled:
+            self._places[number].add_(parameter.grad)
+        else:
+            self._places[number].copy_(parameter.grad)
+            self._filled.add(number)
+        parameter.grad = None
 
     def finish(self, scale: float, clip: float, accelerator: Any) -> float:
         """Add up the gradients of all processes, multiply them by ``scale``, clip them; return their norm before."""
+        for number, place in enumerate(self._places):
+            if number not in self._filled:
+                place.zero_()
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(self._flat)
         norm = float(torch.linalg.vector_norm(self._flat)) * scale
@@ -75,15 +95,6 @@ class Replica:
         """Let the model go: it keeps its present weights."""
         for hook in self._hooks:
             hook.remove()
-
-
-def _into(place: Tensor) -> Any:
-    def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        place.view(parameter.shape).add_(parameter.grad)
-        parameter.grad = None
-
-    return add
 
 
 class Shards:
