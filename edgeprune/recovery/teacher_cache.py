@@ -177,7 +177,7 @@ def _make(
     """Write the predictions for all sequences into ``folder``; whoever calls holds its lock."""
     config, dtype = sources.load_config(teacher), machine.compute_dtype(device)
     shape = (len(packed), packed.length, settings.teacher_top_k)
-    kinds = {
+    kinds: dict[str, np.dtype[Any]] = {
         IDS: np.dtype(np.uint16 if config.vocab_size <= 1 << 16 else np.int32),
         LOG_PROBABILITIES: np.dtype(np.float16),
     }
@@ -264,8 +264,10 @@ def _check_room(folder: Path, tokens: int, kinds: dict[str, np.dtype[Any]], top_
 def _marked(folder: Path) -> int:
     """Return how many sequences the disk surely holds of a recording that was broken off."""
     try:
-        return int((folder / MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        held = all((folder / n).stat().st_size >= size for n, size in mark["bytes"].items())
+        return int(mark["rows"]) if held else 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 0
 
 
@@ -299,7 +301,8 @@ class _Recording:
         for file in self._files.values():
             synced(file, close=False)
         beside = self._folder / f"{MARK}.tmp"
-        write_json(beside, self.rows)
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        write_json(beside, {"rows": self.rows, "bytes": sizes})
         beside.replace(self._folder / MARK)
         self._saved = time.monotonic()
 
