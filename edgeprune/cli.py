@@ -260,6 +260,16 @@ def recover(
     temperature: Annotated[
         float, typer.Option(metavar="T", help="Of the teacher's predictions.")
     ] = 1.0,
+    teacher_top_k: Annotated[
+        int,
+        typer.Option(
+            metavar="K",
+            min=0,
+            max=65_535,
+            help="Record the teacher's K likeliest tokens on disk first: it then takes no memory while training, and "
+            "the next run on the same data has them; 0: the teacher stays in memory.",
+        ),
+    ] = 0,
     length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a sequence.")] = 512,
     batch: Annotated[
         int | None,
@@ -364,6 +374,7 @@ def recover(
             learning_rate=learning_rate,
             distill=distill,
             temperature=temperature,
+            teacher_top_k=teacher_top_k,
             checkpointing=checkpointing,
             optimizer=optimizer,
             lora_rank=lora_rank,

@@ -119,6 +119,9 @@ class RecoverSection(_Section):
     """Part of the loss that follows the dense model's predictions."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of those predictions."""
+    teacher_top_k: Annotated[int, Field(ge=0, le=65_535)] = 0
+    """Record this many of its likeliest tokens on disk first: the dense model then takes no memory while training,
+    and the next run on the same data has them; 0: it stays in memory."""
     length: Annotated[int, Field(ge=2)] = 512
     """Tokens in a sequence."""
     batch: Positive | None = None

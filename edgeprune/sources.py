@@ -60,6 +60,15 @@ class Source:
             return self.name
         return self.gguf_file or self.path.resolve().name
 
+    def identity(self) -> list[Any]:
+        """Return plain JSON values that are others where the weights are others; reads none of them."""
+        if self.revision is not None:
+            return [self.kind, self.name, self.revision]
+        files = [self.path / self.gguf_file] if self.gguf_file else _shards(self)
+        config = [] if self.gguf_file else [self.path / "config.json"]
+        facts = [(str(f.resolve()), f.stat()) for f in (*config, *files)]
+        return [self.kind, *([name, s.st_size, s.st_mtime_ns] for name, s in facts)]
+
 
 # ---- finding
 

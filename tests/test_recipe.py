@@ -139,6 +139,8 @@ def test_recovery_is_asked_for_in_a_section_of_its_own():
     assert read.tokens == 20_000_000
     assert (read.interleavings, read.spacing, read.distill) == (1, "geometric", 0.0)
     assert not read.tensorboard
+    taught = SMALLEST + '[recover]\ndata = ["a"]\ntokens = 5\ndistill = 0.5\nteacher_top_k = 64\n'
+    assert recipe.parse_toml(taught).recover.teacher_top_k == 64
     (line,) = errors_of(SMALLEST + '[recover]\ndata = ["a"]\ntokens = 5\ninterleavngs = 2\n')
     assert line == "r.toml: recover.interleavngs: unknown key; did you mean interleavings?"
 

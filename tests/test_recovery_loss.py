@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from edgeprune.errors import BadInput
 from edgeprune.recovery import loss as module
-from edgeprune.recovery.loss import Head, Teaching, cross_entropy, head_loss
+from edgeprune.recovery.loss import Head, Recorded, Teaching, cross_entropy, head_loss
 from edgeprune.recovery.schedule import Schedule
 from edgeprune.recovery.settings import Training, defaults_for
 
@@ -74,6 +74,61 @@ def test_the_chunked_loss_is_torchs(bias, divisor, weight, temperature):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
 
 
+def recorded(teachers, kept, weight, temperature):
+    logits = teachers[0] @ teachers[1].T / temperature
+    top = logits.log_softmax(-1).topk(kept)
+    return Recorded(top.indices.int(), top.values, weight, temperature)
+
+
+@pytest.mark.usefixtures("_rows_at_a_time")
+@pytest.mark.parametrize("kept", [1, 5, VOCABULARY - 1, VOCABULARY])
+@pytest.mark.parametrize(("weight", "temperature"), [(0.4, 1.0), (1.0, 2.5)])
+def test_the_loss_of_a_recorded_teacher_is_its_formulas(kept, weight, temperature):
+    """All tokens that were not recorded are one event: the divergence from full logits by autograd, in float64."""
+    ours = parts()
+    teachers = [each.detach() for each in parts(seed=1, bias=False)]
+    teaching = recorded(teachers, kept, weight, temperature)
+    total, found = head_loss(ours[0], Head(*ours[1:], 3.0), labels(), teaching)
+    (total * 2).backward()
+
+    theirs = [each.detach().double().requires_grad_() for each in parts()]
+    rows = labels() != -100
+    logits = functional.linear(*theirs)[rows] / 3.0
+    taught = (teachers[0].double() @ teachers[1].T.double())[rows] / temperature
+    ids = teaching.ids[rows].long()
+    p, q = taught.softmax(-1), (logits / temperature).softmax(-1)
+    terms = (p.gather(1, ids) * (p.gather(1, ids) / q.gather(1, ids)).log()).sum()
+    whole = (p * (p / q).log()).sum()
+    if kept < VOCABULARY:
+        p, q = (each.scatter(1, ids, 0.0).sum(-1) for each in (p, q))
+        terms = terms + (p * (p / q).log()).sum()
+        assert terms.item() <= whole.item() + 1e-9
+    else:
+        torch.testing.assert_close(terms, whole)
+    assert float(found[1]) == pytest.approx(terms.item(), rel=1e-5, abs=1e-4)
+    cost = (1 - weight) * functional.cross_entropy(logits, labels()[rows], reduction="sum")
+    (2 * (cost + weight * temperature**2 * terms)).backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_student_and_a_teacher_that_are_sure_leave_finite_gradients(dtype):
+    """No probability is left for the others on one side, on both, or half precision makes it more than all."""
+    weight = (torch.eye(VOCABULARY) * 500).to(dtype).requires_grad_()
+    hidden = torch.eye(VOCABULARY)[:4].to(dtype).requires_grad_()
+    ids = torch.tensor([[0, 1], [0, 1], [2, 3], [5, 4]])
+    sure, unsure, over = [0.0, -65504.0], [-2.0, -3.0], [-0.6, -0.7]
+    log_probabilities = torch.tensor([sure, unsure, over, unsure]).half()
+    total, found = head_loss(
+        hidden, Head(weight), torch.arange(4), Recorded(ids, log_probabilities, 0.5, 1.0)
+    )
+    total.backward()
+    assert float(found[1]) >= 0
+    for each in (total, found, hidden.grad, weight.grad):
+        assert each.isfinite().all()
+
+
 def test_a_batch_without_labels_costs_nothing():
     ours = parts()
     total, _ = head_loss(ours[0], Head(*ours[1:]), torch.full((TOKENS,), -100))
@@ -133,6 +188,9 @@ def test_small_budgets_get_enough_updates(tokens):
     [
         {"batch": 0},
         {"distill": 1.5},
+        {"teacher_top_k": 8},
+        {"teacher_top_k": 65_536, "distill": 0.5},
+        {"teacher_top_k": -1, "distill": 0.5},
         {"learning_rate": float("nan")},
         {"min_learning_rate": 1.0},
         {"warmup": 0.95},

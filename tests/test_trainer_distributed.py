@@ -13,13 +13,14 @@ import torch
 
 from edgeprune import machine
 from edgeprune.recovery import checkpoints
-from tests import two_trainers
+from tests import tiny, two_trainers
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "compute_dtype", lambda *_: torch.float32)
+    tiny.save("llama", tmp_path / "teacher", seed=1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.two_trainers", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -27,7 +28,14 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr[-4000:]
     alone = two_trainers.train()
     assert len(alone) == 7
-    for way, losses in json.loads((tmp_path / "losses.json").read_text()).items():
+    found = json.loads((tmp_path / "losses.json").read_text())
+    assert found.pop("kept in half precision")
+    data = two_trainers.recorded(tmp_path)
+    taught = two_trainers.train(settings=two_trainers.RECORDED, data=data)
+    for way in ("replicated, recorded", "sharded, recorded"):
+        assert found.pop(way) == pytest.approx(taught, abs=1e-3), way
+    assert set(found) == {"replicated", "sharded"}
+    for way, losses in found.items():
         assert losses == pytest.approx(alone, abs=1e-3), way
     # what was spread is whole in its checkpoint: one process goes on from it
     last = checkpoints.all_of(tmp_path / "kept")

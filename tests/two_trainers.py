@@ -5,13 +5,17 @@ Usage: two_trainers.py FOLDER. The main process writes the losses of each way to
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from edgeprune import machine
+from edgeprune import machine, sources
 from edgeprune.events import Evaluation, TrainStep
+from edgeprune.recovery import packing, teacher_cache
+from edgeprune.recovery.mixture import parse_sources
+from edgeprune.recovery.objective import Objective
 from edgeprune.recovery.settings import Training
 from edgeprune.recovery.trainer import Trainer
 from tests import tiny
@@ -29,7 +33,24 @@ SETTINGS = Training(
 )
 
 
-def train(accelerator=None, folder=None, stop=6, **ways):
+RECORDED = replace(SETTINGS, teacher_top_k=16)
+
+
+def recorded(folder):
+    """Return sequences with the predictions of a teacher; the process that calls first makes them."""
+    made, _ = packing.prepare(
+        parse_sources(["builtin"]),
+        tiny.tokenizer(),
+        tokens=8 * 32,
+        length=32,
+        held_out=0,
+        cache=folder / "cache",
+    )
+    teacher = sources.resolve(folder / "teacher")
+    return teacher_cache.prepare(made, teacher, RECORDED, device=torch.device("cpu"))
+
+
+def train(accelerator=None, folder=None, stop=6, settings=SETTINGS, data=None, **ways):
     """Return the losses of the steps and the held-out loss at the end."""
     told = []
 
@@ -39,8 +60,8 @@ def train(accelerator=None, folder=None, stop=6, **ways):
 
     trainer = Trainer(
         tiny.model("llama"),
-        SETTINGS,
-        packed(),
+        settings,
+        data or packed(),
         teacher=tiny.model("llama", seed=1),
         held_out=packed(5, seed=1),
         folder=folder,
@@ -54,6 +75,21 @@ def train(accelerator=None, folder=None, stop=6, **ways):
     return told
 
 
+def is_given_as_recorded(accelerator, data) -> bool:
+    """Tell whether a sharded objective that computes in bfloat16 is given float16 predictions."""
+    seen = []
+    teaching = Objective._teaching
+
+    def look(self, batch):
+        seen.append(batch.teacher_log_probabilities.dtype)
+        return teaching(self, batch)
+
+    Objective._teaching = look
+    machine.compute_dtype = lambda *_: torch.bfloat16
+    train(accelerator, stop=1, settings=RECORDED, data=data, sharded=True)
+    return set(seen) == {torch.float16}
+
+
 def main(folder: Path) -> None:
     machine.compute_dtype = lambda *_: torch.float32
     accelerator = Accelerator(cpu=True)
@@ -61,6 +97,11 @@ def main(folder: Path) -> None:
     spread = train(accelerator, folder / "kept", stop=3, sharded=True)
     accelerator.wait_for_everyone()
     found["sharded"] = spread + train(accelerator, folder / "kept", sharded=True)
+    data = recorded(folder)  # of both at once: one waits
+    for way, sharded in (("replicated", False), ("sharded", True)):
+        told = train(accelerator, settings=RECORDED, data=data, sharded=sharded)
+        found[f"{way}, recorded"] = told
+    found["kept in half precision"] = is_given_as_recorded(accelerator, data)
     if accelerator.is_main_process:
         (folder / "losses.json").write_text(json.dumps(found))
 

@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from edgeprune.recovery.loss import weight_gradient
 
 ATTENTION = "edgeprune_blocks"
+# Floating-point operations from which on the minutes of a compiler are well spent.
+WORTH_COMPILING = 1.5e14
 LONGEST_ATTENTION = 1024
 
 # ---- one function a pass

@@ -10,6 +10,14 @@ costs
 
 (Hinton et al., arXiv 1503.02531), whose gradient by z is (1 - w)(softmax(z) - 1_y) + w T (softmax(z / T) -
 softmax(t / T)).
+
+Of a teacher that was recorded, only the probabilities p_j of its k likeliest tokens K are known, and that the others
+have r = 1 - sum p_j. With q = softmax(z / T) and s = 1 - sum q_j over K, the KL is that of the distributions in which
+all other tokens are one event, which is at most the whole one and the same with k = vocabulary:
+
+    sum over K of p_j (log p_j - log q_j) + r (log r - log s)
+
+Its gradient by z / T is q_j - p_j in K and q_j (1 - r / s) elsewhere.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ CHUNK_BYTES = 2**27
 IGNORED = -100
 # Outputs or inputs from which on a product with a transposed left side is the slower way, and the rows of a strip.
 WIDE, STRIP = 1024, 256
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,21 @@ class Teaching:
     temperature: float
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What the teacher was recorded to say of the same tokens: its k likeliest next ones, ``ids`` (tokens, k).
+
+    ``log_probabilities`` (tokens, k) are theirs among the whole vocabulary, at the temperature.
+    """
+
+    ids: Tensor
+    log_probabilities: Tensor
+    weight: float
+    temperature: float
+
+
 def head_loss(
-    hidden: Tensor, head: Head, labels: Tensor, teaching: Teaching | None = None
+    hidden: Tensor, head: Head, labels: Tensor, teaching: Teaching | Recorded | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the sum over the labelled tokens of what a token costs, and the parts that it is made of.
 
@@ -97,7 +119,7 @@ class _HeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         divisor: float,
         labels: Tensor,
-        teaching: Teaching | None,
+        teaching: Teaching | Recorded | None,
     ) -> tuple[Tensor, Tensor]:
         head = Head(weight, bias, divisor)
         rows = (labels != IGNORED).nonzero().squeeze(1)
@@ -172,7 +194,11 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def _chunk(
-    inputs: Tensor, head: Head, labels: Tensor, teaching: Teaching | None, chunk: Tensor
+    inputs: Tensor,
+    head: Head,
+    labels: Tensor,
+    teaching: Teaching | Recorded | None,
+    chunk: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient by what the head's weight gives (undivided), and the two summed losses of these tokens."""
     logits = head.logits(inputs)
@@ -185,9 +211,12 @@ def _chunk(
     share, temperature = teaching.weight, teaching.temperature
     own = torch.softmax(logits, dim=-1)
     cross_entropy = _cross_entropy(own, at, labels)
-    divergence, apart = _divergence(
-        logits, teaching.head.logits(teaching.hidden[chunk]), own, temperature
-    )
+    if isinstance(teaching, Recorded):
+        recorded = (teaching.ids[chunk].long(), teaching.log_probabilities[chunk].float())
+        divergence, apart = _recorded_divergence(logits, *recorded, own, temperature)
+    else:
+        theirs = teaching.head.logits(teaching.hidden[chunk])
+        divergence, apart = _divergence(logits, theirs, own, temperature)
     own[at, labels] -= 1
     gradient = own.mul_(1 - share).add_(apart, alpha=share * temperature)
     return _undivided(gradient, head), torch.stack((cross_entropy, divergence))
@@ -198,8 +227,7 @@ def _undivided(gradient: Tensor, head: Head) -> Tensor:
 
 
 def _cross_entropy(probability: Tensor, at: Tensor, labels: Tensor) -> Tensor:
-    tiny = torch.finfo(torch.float32).tiny
-    return -probability[at, labels].float().clamp_min(tiny).log().sum()
+    return -probability[at, labels].float().clamp_min(TINY).log().sum()
 
 
 def _divergence(
@@ -222,6 +250,31 @@ def _divergence(
     )
     gap = teachers.sub_(logits).mul_(theirs).sum(dim=-1, dtype=torch.float32) / temperature
     return (gap + shift).sum(), own - theirs
+
+
+def _recorded_divergence(
+    logits: Tensor, ids: Tensor, log_theirs: Tensor, own: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the summed KL(teacher || student) with all tokens but ``ids`` as one event, and its gradient by z / T.
+
+    ``ids`` and ``log_theirs``, float32, are (tokens, k); ``own`` is the student's softmax at temperature 1.
+    """
+    own = torch.softmax(logits / temperature, dim=-1) if temperature != 1.0 else own.clone()
+    # as they were rounded they may add up to more than 1; those of the whole vocabulary add up to it
+    total = log_theirs.logsumexp(dim=-1, keepdim=True)
+    log_theirs = log_theirs - (total if ids.shape[1] == own.shape[1] else total.clamp_min(0))
+    theirs = log_theirs.exp()
+    rest = (1 - theirs.sum(dim=-1)).clamp_min(0)
+    normaliser = _log_normaliser(logits, own, temperature)
+    log_own = logits.gather(1, ids).float() / temperature - normaliser[:, None]
+    among = own.gather(1, ids).float() - theirs
+    # the others' share is added up: 1 less the sum of the rest has no digits left where it is small
+    own.scatter_(1, ids, 0)
+    others = own.sum(dim=-1, dtype=torch.float32).clamp_min(TINY)
+    divergence = (theirs * (log_theirs - log_own)).sum()
+    divergence += (torch.xlogy(rest, rest) - rest * others.log()).sum()
+    own.mul_((1 - rest / others)[:, None])
+    return divergence, own.scatter_(1, ids, among.to(own.dtype))
 
 
 def _log_normaliser(logits: Tensor, probability: Tensor, temperature: float) -> Tensor:

@@ -61,6 +61,8 @@ def estimate(
 ) -> Estimate:
     """Estimate what training a model takes of each device.
 
+    A teacher whose predictions are on disk (``settings.teacher_top_k``) is not counted.
+
     Args:
         config: of the model, uniform or not.
         settings: how to train; its ``micro_batch`` is not read.
@@ -90,6 +92,7 @@ def estimate(
     # gathered while it is used: the ends of the model and one layer
     gathered = (head + parameters // len(layers)) * dtype.itemsize if shards > 1 else 0
     chunk = min(CHUNK_BYTES, tokens * config.vocab_size * dtype.itemsize)
+    chunks = 4 if settings.teacher_top_k else 5 if teacher is not None else 2
     return Estimate(
         weights=frozen * dtype.itemsize
         + trained * 4 // shards
@@ -97,8 +100,8 @@ def estimate(
         gradients=trained * 4 // shards + (0 if frozen else 2 * head * dtype.itemsize),
         optimizer=trained * moments // shards,
         activations=tokens * kept,
-        loss=chunk * (5 if teacher is not None else 2) + (0 if frozen else head * 4),
-        teacher=_teacher_bytes(teacher, tokens, dtype),
+        loss=chunk * chunks + (0 if frozen else head * 4),
+        teacher=0 if settings.teacher_top_k else _teacher_bytes(teacher, tokens, dtype),
     )
 
 
@@ -186,6 +189,41 @@ def fitting_micro_batch(
     return micro_batch
 
 
+def teacher_rows(
+    config: Any,
+    settings: Training,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    force: bool = False,
+    emit: Emit,
+) -> int:
+    """Return how many sequences go at once through a teacher that has the device to itself.
+
+    BadInput if not even one fits; with ``force`` it is a note instead.
+    """
+    available = free_memory(device)
+
+    def needed(rows: int) -> int:
+        tokens = rows * settings.length
+        logits = min(CHUNK_BYTES, tokens * config.vocab_size * 4)
+        return _teacher_bytes(config, tokens, dtype) + 3 * logits
+
+    rows = settings.micro_batch or MICRO_BATCH_TOKENS.get(device.type, 4096) // settings.length
+    rows = max(1, rows)
+    while rows > 1 and needed(rows) > available:
+        rows = (rows + 1) // 2
+    if needed(rows) > available:
+        text = (
+            f"the teacher alone takes about {format_bytes(needed(rows))} on {device} and {format_bytes(available)} are "
+            "free; only a smaller teacher or more memory would make it fit"
+        )
+        if not force:
+            raise BadInput(text)
+        emit(Note(text=text, level="warning"))
+    return rows
+
+
 def _ways_out(settings: Training, micro_batch: int) -> Iterator[tuple[str, Training, int]]:
     """Give what costs least first: words, settings and micro batch."""
     if micro_batch > 1:
@@ -196,6 +234,8 @@ def _ways_out(settings: Training, micro_batch: int) -> Iterator[tuple[str, Train
     if micro_batch > 1:
         words = f"{words} and micro_batch = 1"
         yield words, careful, 1
+    if settings.distill and not settings.teacher_top_k:
+        yield f"{words} and teacher_top_k = 64", replace(careful, teacher_top_k=64), 1
     length = settings.length // 2
     while length >= SHORTEST:
         yield f"{words} and length = {length}", replace(careful, length=length), 1

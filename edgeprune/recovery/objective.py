@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgeprune.errors import BadInput
 from edgeprune.families import logits_divisor
-from edgeprune.recovery.loss import Head, Teaching, cross_entropy, head_loss
+from edgeprune.recovery.loss import Head, Recorded, Teaching, cross_entropy, head_loss
 from edgeprune.recovery.packing import Batch
 
 
@@ -18,7 +18,8 @@ class Objective(nn.Module):
 
     Args:
         model: the student, of transformers; trained in place.
-        teacher: a model of the same vocabulary, or None; not trained and not part of this module's parameters.
+        teacher: a model of the same vocabulary, or None; not trained and not part of this module's parameters. Without
+            it, what a batch has recorded of one is learnt.
         weight: share of the teacher's KL divergence in the loss, in [0, 1].
         temperature: of the KL divergence.
     """
@@ -44,11 +45,14 @@ class Objective(nn.Module):
         return head_loss(hidden, head_of(self.model), labels, self._teaching(batch))
 
     @torch.no_grad()
-    def _teaching(self, batch: Batch) -> Teaching | None:
+    def _teaching(self, batch: Batch) -> Teaching | Recorded | None:
         for teacher in self._teacher:
             hidden = last_hidden(teacher, batch).flatten(0, 1)
             return Teaching(hidden, head_of(teacher), self._weight, self._temperature)
-        return None
+        ids, recorded = batch.teacher_ids, batch.teacher_log_probabilities
+        if ids is None or recorded is None or not self._weight:
+            return None
+        return Recorded(ids.flatten(0, 1), recorded.flatten(0, 1), self._weight, self._temperature)
 
 
 def last_hidden(model: Any, batch: Batch) -> Tensor:
@@ -70,6 +74,15 @@ def head_of(model: Any) -> Head:
             "set it to null in config.json if the model does not depend on it"
         )
     return Head(model.lm_head.weight, model.lm_head.bias, logits_divisor(model.config))
+
+
+def check_vocabularies(teacher: int, model: int) -> None:
+    """Raise BadInput unless a teacher's logits are of as many tokens as the model's."""
+    if teacher != model:
+        raise BadInput(
+            f"the teacher has {teacher:,} tokens in its vocabulary and the model {model:,}; distill from a model with "
+            "the same tokenizer, or set distill = 0"
+        )
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -45,7 +45,7 @@ STEPS = 2000
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences to train on; every tensor is int64 and (rows, length).
+    """Sequences to train on; every tensor is int64 and (rows, length) unless it says otherwise.
 
     Padding, which only the last sequence of all has, is a document of its own without labels.
     """
@@ -57,6 +57,10 @@ class Batch:
     """Places since the document, or the sequence, began."""
     documents: Tensor
     """The number of the document within its sequence, from 0."""
+    teacher_ids: Tensor | None = None
+    """(rows, length, k), int32: the tokens that a teacher holds likeliest to come next, where they were recorded."""
+    teacher_log_probabilities: Tensor | None = None
+    """What it gives them among all tokens, (rows, length, k), float16."""
 
 
 class Packed:
@@ -101,7 +105,7 @@ class Packed:
     def __len__(self) -> int:
         return -(-self.tokens // self.length)
 
-    def __reduce__(self) -> tuple[type[Packed], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Packed], tuple[Path, ...]]:
         return Packed, (self.folder,)
 
     def batch(self, rows: Sequence[int]) -> Batch:
@@ -137,7 +141,7 @@ class _Writer:
         self.written, self.wanted = 0, wanted
         self._folder, self._encode, self._length = folder, encode, length
         self._starts = array("q")
-        with _disk_is_told(folder):
+        with disk_is_told(folder):
             folder.mkdir()
             self._file = (folder / TOKENS).open("wb")
             kind = np.lib.format.dtype_to_descr(encode.dtype)
@@ -148,7 +152,7 @@ class _Writer:
         """Write a document, cut where no more is wanted; return the tokens written."""
         ids = ids[: self.wanted - self.written]
         self._starts.append(self.written)
-        with _disk_is_told(self._folder):
+        with disk_is_told(self._folder):
             self._file.write(ids.tobytes())
         self.written += len(ids)
         return len(ids)
@@ -161,12 +165,12 @@ class _Writer:
             "documents": len(self._starts),
             "padding": self._encode.padding,
         }
-        with _disk_is_told(self._folder):
-            _synced(self._file)
+        with disk_is_told(self._folder):
+            synced(self._file)
             with (self._folder / STARTS).open("wb") as file:
                 np.save(file, np.frombuffer(self._starts, np.int64), allow_pickle=False)
-                _synced(file)
-            _write_json(self._folder / ABOUT, about)
+                synced(file)
+            write_json(self._folder / ABOUT, about)
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):  # what is not written yet may not fit
@@ -234,7 +238,7 @@ def prepare(
     if ready:
         return ready
     _check_room(cache, (tokens + held_out) * encode.dtype.itemsize)
-    with _alone(folder, emit):
+    with alone(folder, emit):
         ready = _opened(folder)  # by the process that was waited for
         if not ready:
             _make(folder, what, found, encode, emit)
@@ -296,7 +300,7 @@ def _make(
             }
             for (_, revision), stream in zip(found, streams, strict=True)
         ]
-        _write_json(unfinished / MIXTURE, {**what, "used": used})
+        write_json(unfinished / MIXTURE, {**what, "used": used})
     _tell_skipped(streams, emit)
 
 
@@ -409,11 +413,11 @@ def _sha256(path: Path, emit: Emit) -> str:
 
 
 @contextmanager
-def _alone(folder: Path, emit: Emit) -> Iterator[None]:
+def alone(folder: Path, emit: Emit) -> Iterator[None]:
     """Hold the lock of what is prepared; the system drops it with the process that holds it, so none is stale."""
     from filelock import FileLock, Timeout
 
-    with _disk_is_told(folder):
+    with disk_is_told(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
@@ -431,30 +435,33 @@ def _alone(folder: Path, emit: Emit) -> Iterator[None]:
 def _appearing_whole(folder: Path) -> Iterator[Path]:
     """Give a folder that takes the name of ``folder`` when all went well; whoever calls holds the lock."""
     unfinished = folder.with_name(f".{folder.name}.part")
-    with _disk_is_told(folder):
+    with disk_is_told(folder):
         for left in (unfinished, folder):  # of a process that was killed; damaged
             if left.exists():
                 shutil.rmtree(left)
         unfinished.mkdir()
     try:
         yield unfinished
-        with _disk_is_told(folder):
+        with disk_is_told(folder):
             unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 
-def _synced(file: Any) -> None:
+def synced(file: Any, close: bool = True) -> None:
+    """Wait until the disk holds all of a file, and close it."""
     file.flush()
     os.fsync(file.fileno())
-    file.close()
+    if close:
+        file.close()
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with _disk_is_told(path.parent), path.open("w", encoding="utf-8") as file:
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` and wait until the disk holds it; raises what ``disk_is_told`` raises."""
+    with disk_is_told(path.parent), path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-        _synced(file)
+        synced(file)
 
 
 def _check_room(cache: Path, needed: int) -> None:
@@ -464,7 +471,8 @@ def _check_room(cache: Path, needed: int) -> None:
 
 
 @contextmanager
-def _disk_is_told(folder: Path) -> Iterator[None]:
+def disk_is_told(folder: Path) -> Iterator[None]:
+    """Turn what the disk says into BadInput where it is full, else EdgepruneError."""
     try:
         yield
     except OSError as error:

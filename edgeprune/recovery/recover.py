@@ -21,8 +21,9 @@ from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Evaluation, Event, Note, PruneIteration, ignore
 from edgeprune.groups import Kept, cut, describe_layers
 from edgeprune.options import Effort, Options
-from edgeprune.recovery import checkpoints, memory
+from edgeprune.recovery import checkpoints, memory, teacher_cache
 from edgeprune.recovery.mixture import parse_sources
+from edgeprune.recovery.objective import check_vocabularies
 from edgeprune.recovery.packing import Packed, prepare
 from edgeprune.recovery.settings import Training
 from edgeprune.recovery.stages import Spacing, Stage, plan
@@ -91,11 +92,12 @@ def recover(
     _check_memory(config, teaches, training, 0, accelerator, is_fsdp(accelerator), force)
     packed = _packed(data, tokenizer, training, held_out, cache, emit)
     started = time.monotonic()
+    packed, teaching = _taught(packed, taught, config, training, accelerator, force, emit)
     trainer = Trainer(
         sources.load_model(source, dtype=_loaded_type(training, accelerator), emit=emit),
         training,
         packed[0],
-        teacher=_teacher(taught, emit),
+        teacher=teaching,
         held_out=packed[1],
         folder=work / TRAINING if work else None,
         minutes=minutes,
@@ -173,15 +175,18 @@ def prune_and_recover(
     sharded = is_fsdp(accelerator) if sharded is None else sharded
     _check_memory(config, config, training, stages[0].removed, accelerator, sharded, force)
     started = time.monotonic()
+    packed = _packed(data, tokenizer, training, held_out, cache, emit)
+    taught = source if training.distill else None
+    packed, teaching = _taught(packed, taught, config, training, accelerator, force, emit)
     run = _Interleaved(
         source=source,
         stages=stages,
         target=dict(target) | ({"precision": precision} if "memory" in target else {}),
         pruning=dict(pruning),
         training=training,
-        packed=_packed(data, tokenizer, training, held_out, cache, emit),
+        packed=packed,
         tokenizer=tokenizer,
-        teacher=_teacher(source if training.distill else None, emit),
+        teacher=teaching,
         keep_moments=keep_moments,
         work=work,
         minutes=minutes,
@@ -422,8 +427,30 @@ def _teacher_source(
     return _resolved(teacher, None, trust_remote_code, emit)
 
 
-def _teacher(source: Source | None, emit: Emit) -> Any:
-    return source and sources.load_model(source, dtype=machine.compute_dtype(), emit=emit)
+def _taught(
+    packed: tuple[Packed, Packed | None],
+    teacher: Source | None,
+    config: Any,
+    training: Training,
+    accelerator: Any,
+    force: bool,
+    emit: Emit,
+) -> tuple[tuple[Packed, Packed | None], Any]:
+    """Return what to train a model of ``config`` on, and the teacher unless it was recorded: one process does."""
+    if teacher is None:
+        return packed, None
+    if not training.teacher_top_k:
+        return packed, sources.load_model(teacher, dtype=machine.compute_dtype(), emit=emit)
+    check_vocabularies(sources.load_config(teacher).vocab_size, config.vocab_size)
+
+    def recorded() -> Packed:
+        return teacher_cache.prepare(
+            packed[0], teacher, training, device=accelerator.device, force=force, emit=emit
+        )
+
+    made = recorded() if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    return (made or recorded(), packed[1]), None
 
 
 def _check_memory(

@@ -16,6 +16,7 @@ ENOUGH_STEPS = 100
 # From here on the paper's learning rate is taken as it is: a guess, to be measured.
 MANY_STEPS = 4000
 HIGHEST_RATE = 2e-4
+MOST_RECORDED = 65_535
 # Tokens of training between two measurements of the held-out loss: they cost a fifteenth of it at most.
 TOKENS_TO_EVALUATE = 100_000
 
@@ -40,6 +41,8 @@ class Training:
         betas: of AdamW.
         distill: weight of the teacher's KL divergence, in [0, 1]; the language model loss has the rest.
         temperature: of the KL divergence.
+        teacher_top_k: how many of the teacher's likeliest next tokens are recorded on disk before the training, which
+            then needs no teacher in memory; 0 has it there and learns its whole predictions.
         checkpointing: keep only the layers' inputs for the backward pass and compute the rest twice.
         optimizer: "adamw", or "adamw-8bit" with moments of 2 bytes a weight instead of 8.
         lora_rank: train low-rank additions of this rank and add them to the weights at the end; 0 trains the weights.
@@ -60,6 +63,7 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.95)
     distill: float = 0.0
     temperature: float = 1.0
+    teacher_top_k: int = 0
     checkpointing: bool = False
     optimizer: OptimizerName = "adamw"
     lora_rank: int = 0
@@ -96,6 +100,14 @@ class Training:
         for name in ("min_learning_rate", "weight_decay", "evaluations", "lora_rank"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.teacher_top_k <= MOST_RECORDED:
+            raise BadInput(
+                f"teacher_top_k is {self.teacher_top_k}; it must be from 0 to {MOST_RECORDED}"
+            )
+        if self.teacher_top_k and not self.distill:
+            raise BadInput(
+                f"teacher_top_k is {self.teacher_top_k} and distill is 0; distill above 0, or leave teacher_top_k out"
+            )
         if self.warmup + self.decay > 1:
             raise BadInput(f"warmup {self.warmup} and decay {self.decay} are more than the whole")
         if self.min_learning_rate > self.learning_rate:

@@ -26,17 +26,16 @@ from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.events import Emit, Evaluation, Note, TrainStep, ignore
 from edgeprune.recovery import checkpoints, kernels, lora, memory
 from edgeprune.recovery.loss import IGNORED
-from edgeprune.recovery.objective import Objective, head_of, without_dropout
+from edgeprune.recovery.objective import Objective, check_vocabularies, head_of, without_dropout
 from edgeprune.recovery.optimizer import OPTIMIZERS, Moments, check_8bit
 from edgeprune.recovery.packing import Batch, Packed
 from edgeprune.recovery.peak import matmul_peak
 from edgeprune.recovery.settings import Training
+from edgeprune.recovery.teacher_cache import Taught
 from edgeprune.recovery.weights import Replica, Shards
 
 # A loss this far above its own course, in nats, this many updates in a row, is not coming back by itself.
 EXPLODED, EXPLODED_STEPS = 2.0, 3
-# Floating-point operations of a training from which on the minutes of a compiler are well spent.
-WORTH_COMPILING = 1.5e14
 LONGEST_WAIT = timedelta(days=2)
 # How much of the course is the past.
 COURSE = 0.9
@@ -50,8 +49,10 @@ class Trainer:
             and, where that computes in bfloat16, its parameters become bfloat16; ``weights`` has the float32 ones.
             With LoRA it is given adapters, and keeps them.
         settings: how to train.
-        data: what to train on; gone through in a new order each time.
-        teacher: the dense model, for ``settings.distill`` above 0; it is moved to the device in the compute type.
+        data: what to train on; gone through in a new order each time. For ``settings.teacher_top_k`` above 0 it is
+            ``Taught``.
+        teacher: the dense model, for ``settings.distill`` above 0 without ``teacher_top_k``; it is moved to the device
+            in the compute type.
         held_out: what to measure the loss on.
         folder: where checkpoints are kept; none are written without it.
         minutes: between two checkpoints.
@@ -94,11 +95,13 @@ class Trainer:
         self._dtype = machine.compute_dtype(self._device)
         self._emit = emit if self._accelerator.is_main_process else ignore
         self._sharded = is_fsdp(self._accelerator) if sharded is None else sharded
+        if not settings.distill or settings.teacher_top_k:
+            teacher = None
         self._check(model, teacher)
         self.micro_batch = memory.fitting_micro_batch(
             model.config,
             settings,
-            teacher.config if teacher is not None and settings.distill else None,
+            teacher.config if teacher is not None else None,
             self._device,
             self._dtype,
             self._processes,
@@ -107,7 +110,7 @@ class Trainer:
             force=force,
             emit=self._emit,
         )
-        self._teacher = _frozen(teacher, self._device, self._dtype) if settings.distill else None
+        self._teacher = None if teacher is None else _frozen(teacher, self._device, self._dtype)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
         self._minutes, self._saved, self._asked = minutes, time.monotonic(), False
         self._start(model)
@@ -138,15 +141,14 @@ class Trainer:
                 f"a batch of {settings.batch} cannot be shared by {self._processes} processes; "
                 f"choose a multiple of {self._processes}"
             )
-        if settings.distill and teacher is None:
+        if settings.teacher_top_k:
+            _check_recorded(self._data, settings, model)
+        elif settings.distill and teacher is None:
             raise BadInput(
                 "distill is above 0 and there is no teacher; give the dense model, or distill = 0"
             )
-        if teacher is not None and len(teacher.lm_head.weight) != len(model.lm_head.weight):
-            raise BadInput(
-                f"the teacher has {len(teacher.lm_head.weight):,} tokens in its vocabulary and the model "
-                f"{len(model.lm_head.weight):,}; distill from a model with the same tokenizer, or set distill = 0"
-            )
+        if teacher is not None:
+            check_vocabularies(len(teacher.lm_head.weight), len(model.lm_head.weight))
 
     def _start(self, model: Any, moments: Moments | None = None, updates: int = 0) -> None:
         """Take a model and, where it is a later stage of another, AdamW's moments after so many updates."""
@@ -197,7 +199,7 @@ class Trainer:
     @contextmanager
     def _fused(self) -> Iterator[None]:
         length = self.settings.length
-        compiled = self._flops() * self.settings.tokens >= WORTH_COMPILING
+        compiled = self._flops() * self.settings.tokens >= kernels.WORTH_COMPILING
         with ExitStack() as stack:
             stack.enter_context(kernels.fused(self.model, length, compiled=compiled))
             if self._teacher is not None:
@@ -252,9 +254,8 @@ class Trainer:
         return int(self._order[1][place])
 
     def _pieces(self, batch: Batch) -> Iterator[Batch]:
-        split = zip(
-            *(getattr(batch, f.name).split(self.micro_batch) for f in fields(Batch)), strict=True
-        )
+        given = (getattr(batch, f.name) for f in fields(Batch))
+        split = zip(*(t.split(self.micro_batch) for t in given if t is not None), strict=True)
         for piece in split:
             yield Batch(*(t.to(self._device, non_blocking=True) for t in piece))
 
@@ -303,7 +304,7 @@ class Trainer:
                 of=settings.steps,
                 loss=loss,
                 lm_loss=lm_loss,
-                kl=kl if self._teacher is not None else None,
+                kl=kl if settings.distill else None,
                 learning_rate=rate,
                 gradient_norm=norm,
                 tokens=self.step * each,
@@ -482,6 +483,17 @@ class Trainer:
             raise BadInput(
                 f"{path} is of a model with other widths; resume with the model that it was saved of"
             )
+
+
+def _check_recorded(data: Packed, settings: Training, model: Any) -> None:
+    """Raise BadInput unless the sequences come with predictions of a teacher that are what ``settings`` ask for."""
+    wanted = (settings.teacher_top_k, settings.temperature)
+    if not isinstance(data, Taught) or (data.top_k, data.temperature) != wanted:
+        raise BadInput(
+            f"teacher_top_k is {wanted[0]} and the data does not come with that many predictions of a teacher at the "
+            f"temperature {wanted[1]:g}; record them with teacher_cache.prepare, or set teacher_top_k = 0"
+        )
+    check_vocabularies(data.vocabulary, len(model.lm_head.weight))
 
 
 def _bytes_on_cpu(*models: Any) -> int:

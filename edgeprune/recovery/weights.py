@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -133,7 +134,9 @@ class Shards:
         }
         for layer in model.model.layers:
             fully_shard(layer, **how)
-        fully_shard(objective, **how)
+        # what a teacher was recorded to say stays in float16
+        as_given = replace(how["mp_policy"], cast_forward_inputs=False)
+        fully_shard(objective, **how | {"mp_policy": as_given})
         self._device, self._processes = device, processes
         self.masters: dict[str, nn.Parameter] = dict(model.named_parameters())
 
