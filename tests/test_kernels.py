@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
 
 from edgeprune.recovery import kernels
 from edgeprune.recovery.objective import Objective
@@ -53,3 +57,12 @@ def test_the_gate_is_silu_times_up():
         *(torch.autograd.grad(y, (gate, up), gradient) for y in (found, wanted)), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_a_function_that_calls_another_of_the_same_name_is_another():
+    stock = llama.apply_rotary_pos_emb
+    twin = types.FunctionType(stock.__code__, dict(stock.__globals__))
+    assert kernels._code(twin) == kernels._code(stock)
+    other = types.FunctionType(stock.__code__, stock.__globals__ | {"rotate_half": llama.repeat_kv})
+    assert kernels._code(other) != kernels._code(stock)
+    assert kernels._code(mistral.apply_rotary_pos_emb) == kernels._code(stock)

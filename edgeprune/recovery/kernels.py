@@ -9,6 +9,7 @@ A module of transformers is replaced only where its code is the same as Llama's,
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -329,5 +330,10 @@ def _same(kind: type, model: type) -> bool:
 
 
 def _code(function: Any) -> Any:
+    """Return what a function does, and what the functions of its module do that it calls, to be compared."""
     code = getattr(function, "__code__", None)
-    return (code.co_code, code.co_names, code.co_consts) if code else function
+    if code is None:
+        return function
+    called = (function.__globals__.get(name) for name in code.co_names)
+    own = tuple(_code(each) for each in called if inspect.isfunction(each))
+    return code.co_code, code.co_names, code.co_consts, own
