@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,16 +185,24 @@ def prune_and_recover(
         target=dict(target) | ({"precision": precision} if "memory" in target else {}),
         pruning=dict(pruning),
         training=training,
-        packed=packed,
         tokenizer=tokenizer,
-        teacher=teaching,
         keep_moments=keep_moments,
         work=work,
-        minutes=minutes,
-        sharded=sharded,
-        force=force,
         emit=measured,
         accelerator=accelerator,
+        new_trainer=partial(
+            Trainer,
+            settings=training,
+            data=packed[0],
+            teacher=teaching,
+            held_out=packed[1],
+            folder=work / TRAINING,
+            minutes=minutes,
+            sharded=sharded,
+            force=force,
+            emit=measured,
+            accelerator=accelerator,
+        ),
     )
     trainer, cut_record = run.through()
     made = cut_record["made"] | {
@@ -216,16 +225,12 @@ class _Interleaved:
     target: dict[str, Any]
     pruning: dict[str, Any]
     training: Training
-    packed: tuple[Packed, Packed | None]
     tokenizer: Any
-    teacher: Any
     keep_moments: bool
     work: Path
-    minutes: float
-    sharded: bool
-    force: bool
     emit: Emit
     accelerator: Any
+    new_trainer: Callable[[Any], Trainer]
 
     def through(self) -> tuple[Trainer, dict[str, Any]]:
         """Do what is left; return the trainer with the trained model, and the last cut's ``edgeprune.json``."""
@@ -233,13 +238,13 @@ class _Interleaved:
         done = int(checkpoints.describe(last)["notes"]["stage"]) if last else 0
         trainer = None
         if last:
-            trainer = self._trainer(done)
+            trainer = self.new_trainer(self._model(done))
             trainer.load(last)
             self._train(trainer, done)
         for number in range(done + 1, len(self.stages) + 1):
             kept = self._pruned(number)
             if trainer is None:
-                trainer = self._trainer(number)
+                trainer = self.new_trainer(self._model(number))
             else:
                 carry = None  # LoRA's additions are part of the weights by now, and new ones begin
                 if self.keep_moments and not self.training.lora_rank:
@@ -259,21 +264,6 @@ class _Interleaved:
         return sources.load_model(
             sources.resolve(self._folder(number) / "pruned"),
             dtype=_loaded_type(self.training, self.accelerator),
-        )
-
-    def _trainer(self, number: int) -> Trainer:
-        return Trainer(
-            self._model(number),
-            self.training,
-            self.packed[0],
-            teacher=self.teacher,
-            held_out=self.packed[1],
-            folder=self.work / TRAINING,
-            minutes=self.minutes,
-            sharded=self.sharded,
-            force=self.force,
-            emit=self.emit,
-            accelerator=self.accelerator,
         )
 
     def _pruned(self, number: int) -> list[Kept]:
