@@ -13,11 +13,22 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edgeprune.comparison import LABELS, Comparison, cells
 from edgeprune.quantities import format_bytes, format_count, format_seconds
+from edgeprune.runs import RunInfo
+from edgeprune.worker import shown
 
 FULL, EMPTY = "█", "░"
 HEADS_BAR, FFN_BAR = 8, 20
 """Cells of the bars in the picture of a model's widths."""
+
+STATE_COLOURS = {
+    "running": "cyan",
+    "paused": "yellow",
+    "finished": "green",
+    "failed": "red",
+    "dead": "red",
+}
 
 
 def inspection(found: dict[str, Any]) -> RenderableType:
@@ -158,6 +169,47 @@ def results(rows: Iterable[Any], summary: str) -> RenderableType:
     for row in rows:
         table.add_row(row.label, row.dense, row.pruned, Text(row.change, colours[row.better]))
     return Group(table, Text(summary))
+
+
+def runs(infos: Iterable[RunInfo]) -> RenderableType:
+    """Draw ``runs.list_runs``: what each run makes and how it stands."""
+    table = _table("Run", "state", "now", "took", left=(0, 1, 2))
+    for info in infos:
+        took = "" if info.seconds is None else format_seconds(info.seconds)
+        state = Text(info.state, STATE_COLOURS.get(info.state, ""))
+        what = ", ".join(part for part in (info.model, info.target) if part)
+        table.add_row(Text(shown(info.folder), "bold"), state, _standing(info), took)
+        if what:
+            table.add_row(Text(what, "dim"), "", "", "")
+    for column, width in zip(table.columns, (34, None, 22, None), strict=True):
+        column.overflow, column.max_width = "ellipsis", width
+    return table
+
+
+def _standing(info: RunInfo) -> str:
+    if info.pruned is None:
+        return info.error.partition("\n")[0] or info.stage
+    size, perplexity = info.pruned.file_bytes, info.pruned.token_perplexity
+    figures = [
+        "" if size is None else format_bytes(size),
+        "" if perplexity is None else f"perplexity {_figure(perplexity)}",
+    ]
+    return ", ".join(figure for figure in figures if figure)
+
+
+def comparison(found: Comparison) -> RenderableType:
+    """Draw ``comparison.compare``: under each figure, its change against the dense model."""
+    table = _table("", *LABELS, left=(0,))
+    table.columns[0].max_width = 16
+    table.columns[0].overflow = "ellipsis"
+    colours = {True: "green", False: "red", None: ""}
+    for run in found.runs:
+        figures = cells(run)
+        mark = "★ " if run.on_front else "  "
+        table.add_row(Text(mark + run.name, "bold"), *(cell.value for cell in figures))
+        changes = (Text(cell.change, colours[cell.better]) for cell in figures)
+        table.add_row(Text(f"  {run.info.target}", "dim"), *changes)
+    return Group(table, Text("★ on the Pareto front of file size, decode speed and perplexity"))
 
 
 def machine(found: dict[str, Any]) -> RenderableType:

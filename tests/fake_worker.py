@@ -67,4 +67,4 @@ worker.STAGES = (
 )
 
 if __name__ == "__main__":
-    sys.exit(worker.main(Path(sys.argv[1])))
+    sys.exit(worker.main(Path(sys.argv[1]), detached=worker.DETACHED in sys.argv))
