@@ -15,7 +15,14 @@ from edgeprune.runs import Figures, RunInfo
 QUANTITIES = tuple(
     next(q for q in report.QUANTITIES if q.key == field.name) for field in fields(Figures)
 )
-LABELS = ("File size", "Perplexity", "Decode, tok/s", "Prefill, tok/s", "First token", "Memory")
+LABELS = (
+    "File size",
+    "Perplexity per token",
+    "Decode tokens/s",
+    "Prefill tokens/s",
+    "First token",
+    "Peak memory",
+)
 """Of ``QUANTITIES``, short."""
 
 

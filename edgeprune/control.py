@@ -151,15 +151,16 @@ def last_words(folder: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def record_stop(folder: Path) -> RunFailed:
-    """Say in the log that the run was stopped, unless its worker, which is gone, said how it ended."""
-    end = end_of(_milestones(folder))
-    if isinstance(end, RunFailed):
+def record_stop(folder: Path, since: float = 0.0) -> End:
+    """Return how the worker, which is gone, said since then that it ended; else say in the log that it was stopped."""
+    session = _milestones(folder)
+    end = end_of(session)
+    if end is not None and end.time >= since:
         return end
     stopped = RunFailed(
         error="stopped", exit_code=worker.INTERRUPTED, next=worker.resume_command(folder)
     )
-    if end is None:
+    if session and end is None:
         with suppress(OSError, EdgepruneError), LogWriter(folder / worker.EVENTS) as emit:
             emit(stopped)
     return stopped

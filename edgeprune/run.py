@@ -229,12 +229,13 @@ def _spawn(folder: Path, held: IO[str], detached: bool = False) -> subprocess.Po
 
 def _watch(
     process: subprocess.Popen[bytes], folder: Path, offset: int, emit: Emit
-) -> RunFinished | RunFailed | None:
+) -> control.End | None:
     """Pass on the worker's events until it ends, which it does when we are interrupted, too.
 
     Returns how it said that it ended; None if it did not come to that.
     """
-    end = None
+    end: control.End | None = None
+    began = time.time()
     try:
         for event in follow(
             folder / worker.EVENTS, offset, ended=lambda: process.poll() is not None
@@ -243,7 +244,7 @@ def _watch(
                 end = event
             emit(event)
     except KeyboardInterrupt:
-        return _stopped(process, folder, emit)
+        return _stopped(process, folder, began, emit)
     finally:
         _stop(process, folder)
     return end
@@ -255,6 +256,7 @@ def _watch_the_start(
     """Pass on the worker's events until it can be left alone; what ends it before is raised, Ctrl-C as well."""
     started: RunStarted | None = None
     failed: RunFailed | None = None
+    began = time.time()
     deadline = time.monotonic() + FIRST_LOOK
 
     def over() -> bool:
@@ -272,17 +274,22 @@ def _watch_the_start(
         if started and not failed and process.poll() is None:
             return started
     except KeyboardInterrupt:
-        failed = _stopped(process, folder, emit)
+        end = _stopped(process, folder, began, emit)
+        if started and isinstance(end, RunFinished):
+            return started
+        failed = end if isinstance(end, RunFailed) else None
     except BaseException:
         _stop(process, folder)
         raise
     raise control.failure(folder, failed, process.wait())
 
 
-def _stopped(process: subprocess.Popen[bytes], folder: Path, emit: Emit) -> RunFailed:
+def _stopped(
+    process: subprocess.Popen[bytes], folder: Path, began: float, emit: Emit
+) -> control.End:
     emit(Note(text="stopping ... (Ctrl-C again ends it at once)"))
     _stop(process, folder)
-    return control.record_stop(folder)
+    return control.record_stop(folder, since=began)
 
 
 def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:

@@ -22,6 +22,8 @@ FULL, EMPTY = "█", "░"
 HEADS_BAR, FFN_BAR = 8, 20
 """Cells of the bars in the picture of a model's widths."""
 
+RUN_WIDTH, COMPARED_WIDTH = 31, 16
+"""Characters of a name: what is shown fits into 80 columns."""
 STATE_COLOURS = {
     "running": "cyan",
     "paused": "yellow",
@@ -174,16 +176,22 @@ def results(rows: Iterable[Any], summary: str) -> RenderableType:
 def runs(infos: Iterable[RunInfo]) -> RenderableType:
     """Draw ``runs.list_runs``: what each run makes and how it stands."""
     table = _table("Run", "state", "now", "took", left=(0, 1, 2))
+    table.padding = (0, 1, 0, 0)
+    table.columns[2].no_wrap = False
     for info in infos:
         took = "" if info.seconds is None else format_seconds(info.seconds)
         state = Text(info.state, STATE_COLOURS.get(info.state, ""))
         what = ", ".join(part for part in (info.model, info.target) if part)
-        table.add_row(Text(shown(info.folder), "bold"), state, _standing(info), took)
+        run = Text(_end(shown(info.folder), RUN_WIDTH))
         if what:
-            table.add_row(Text(what, "dim"), "", "", "")
-    for column, width in zip(table.columns, (34, None, 22, None), strict=True):
-        column.overflow, column.max_width = "ellipsis", width
+            run.append(f"\n{_end(what, RUN_WIDTH)}", "dim")
+        table.add_row(run, state, _standing(info), took)
     return table
+
+
+def _end(text: str, width: int) -> str:
+    """Return the end of ``text``: that of a path tells the most."""
+    return text if len(text) <= width else f"…{text[1 - width :]}"
 
 
 def _standing(info: RunInfo) -> str:
@@ -199,16 +207,16 @@ def _standing(info: RunInfo) -> str:
 
 def comparison(found: Comparison) -> RenderableType:
     """Draw ``comparison.compare``: under each figure, its change against the dense model."""
-    table = _table("", *LABELS, left=(0,))
-    table.columns[0].max_width = 16
-    table.columns[0].overflow = "ellipsis"
+    table = _table("", *(label.replace(" ", "\n", 1) for label in LABELS), left=(0,))
+    table.padding = (0, 1, 0, 0)
     colours = {True: "green", False: "red", None: ""}
     for run in found.runs:
         figures = cells(run)
         mark = "★ " if run.on_front else "  "
-        table.add_row(Text(mark + run.name, "bold"), *(cell.value for cell in figures))
+        name = _end(run.name, COMPARED_WIDTH)
+        table.add_row(Text(mark + name, "bold"), *(cell.value for cell in figures))
         changes = (Text(cell.change, colours[cell.better]) for cell in figures)
-        table.add_row(Text(f"  {run.info.target}", "dim"), *changes)
+        table.add_row(Text(f"  {_end(run.info.target, COMPARED_WIDTH)}", "dim"), *changes)
     return Group(table, Text("★ on the Pareto front of file size, decode speed and perplexity"))
 
 

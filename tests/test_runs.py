@@ -164,12 +164,14 @@ def test_a_worker_that_dies_at_once_is_told_at_the_start(fake, folder, monkeypat
 
 
 def test_ctrl_c_while_it_starts_stops_it(fake, folder):
+    prepare(folder, "wait")
+
     def interrupt(event):
         if isinstance(event, StageStarted):
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="go on with: edgeprune run --resume"):
-        engine.start(RECIPE, folder, interrupt)
+        engine.restart(folder, interrupt)
     assert not lock.is_held(folder)
     assert runs.describe(folder).state == "stopped"
 
