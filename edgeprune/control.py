@@ -54,20 +54,22 @@ def attach(folder: str | Path, emit: Emit = ignore) -> dict[str, Any]:
     reader = LogReader(folder / worker.EVENTS)
     past = last_session(reader.poll())
     end = end_of(past)
-    if end is None and lock.is_held(folder):
-        for event in standing(past):
+    if lock.is_held(folder):  # one that has ended is perhaps just being resumed
+        for event in standing(past) if end is None else ():
             emit(event)
-        end = _follow(folder, reader.offset, emit)
+        end = _follow(folder, reader.offset, end, emit)
     return outcome(folder, end)
 
 
-def _follow(folder: Path, offset: int, emit: Emit) -> End | None:
+def _follow(folder: Path, offset: int, end: End | None, emit: Emit) -> End | None:
     log = folder / worker.EVENTS
     for event in follow(log, offset, ended=lambda: not lock.is_held(folder)):
         emit(event)
+        if isinstance(event, RunStarted):
+            end = None
         if isinstance(event, RunFinished | RunFailed):
             return event
-    return None
+    return end
 
 
 def standing(session: Iterable[Event]) -> list[Event]:

@@ -381,6 +381,27 @@ def test_a_finished_run_has_its_figures(folder):
     assert info.pid is None
 
 
+def test_a_run_that_is_just_being_resumed_is_watched(folder, monkeypatch):
+    started = RunStarted(folder="", stages=[], pid=1)
+    stopped = RunFailed(error="stopped", exit_code=130)
+
+    def is_held(path, told=[]):  # noqa: B006
+        if not told:
+            told.append(True)
+            with LogWriter(path / worker.EVENTS) as emit:
+                emit(started)
+                emit(stopped)
+            return True
+        return False
+
+    finished(folder)
+    monkeypatch.setattr(lock, "is_held", is_held)
+    seen = []
+    with pytest.raises(Interrupted):
+        control.attach(folder, seen.append)
+    assert seen == [started, stopped]
+
+
 @pytest.mark.parametrize("damage", [None, b"", b"\xff\xfe", b"[]", b'{"dense": 1, "pruned": 2}'])
 def test_results_that_are_damaged_are_told(folder, damage):
     path = finished(folder) / worker.RESULTS
