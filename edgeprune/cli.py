@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import edgeprune
-from edgeprune import console
+from edgeprune import cli_runs, console
 from edgeprune.errors import BadInput
 from edgeprune.quantities import parse_bytes, parse_count, parse_fraction
 
@@ -599,15 +599,24 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Go on with the run in DIR instead of starting one."),
     ] = None,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach", help="Leave it at work once it has begun: it outlives this terminal."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Do a whole run: prune, export both models, perplexity, profile, report.
 
-    Ctrl-C stops it cleanly; --resume goes on, after a crash too.
+    Ctrl-C stops it cleanly; --resume goes on, after a crash too. With --detach, `edgeprune attach` shows it and
+    `edgeprune stop` stops it.
 
     Examples:
 
     edgeprune run recipe.toml -o run
+
+    edgeprune run recipe.toml -o run --detach
 
     edgeprune run --resume run
     """
@@ -616,14 +625,14 @@ def run(
             raise BadInput(
                 f"--resume takes all from the folder itself: edgeprune run --resume {resume}"
             )
-        _resume(resume, as_json)
+        _resume(resume, detach, as_json)
         return
     if recipe is None or output is None:
         raise BadInput(
             "name a recipe and a folder: edgeprune run recipe.toml -o run "
             "(`edgeprune demo` has both built in)"
         )
-    _start(recipe, output, as_json)
+    _start(recipe, output, detach, as_json)
 
 
 @app.command(short_help="Do all of it, with the bundled 135M model.")
@@ -638,6 +647,9 @@ def demo(
             show_default=False,
         ),
     ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Leave it at work once it has begun, as with `run`.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prune the bundled 135M model by 30 %, export both to int4 ONNX, measure both. Minutes.
@@ -648,7 +660,7 @@ def demo(
     """
     from edgeprune import recipe
 
-    _start(recipe.demo(), output or _free_folder("demo-run"), as_json)
+    _start(recipe.demo(), output or _free_folder("demo-run"), detach, as_json)
 
 
 @app.command(short_help="Show what this machine can do.")
@@ -670,25 +682,36 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+cli_runs.register(app)
+
+
 # ---- what the commands share
 
 
-def _start(recipe: Any, folder: Path, as_json: bool) -> None:
-    from edgeprune import run as runs
+def _start(recipe: Any, folder: Path, detach: bool, as_json: bool) -> None:
+    from edgeprune import run as engine
 
+    if detach:
+        with console.progress() as emit:
+            started = engine.start(recipe, folder, emit)
+        cli_runs.show_left(folder, started, as_json)
+        return
     with console.progress() as emit:
-        results = runs.run(recipe, folder, emit)
-    _answer(results, as_json, _compared)
-    console.note(f"All of it is in {folder}: results.json, report.html, the models.")
+        results = engine.run(recipe, folder, emit)
+    cli_runs.show_results(folder, results, as_json)
 
 
-def _resume(folder: Path, as_json: bool) -> None:
-    from edgeprune import run as runs
+def _resume(folder: Path, detach: bool, as_json: bool) -> None:
+    from edgeprune import run as engine
 
+    if detach:
+        with console.progress() as emit:
+            started = engine.restart(folder, emit)
+        cli_runs.show_left(folder, started, as_json)
+        return
     with console.progress() as emit:
-        results = runs.resume(folder, emit)
-    _answer(results, as_json, _compared)
-    console.note(f"All of it is in {folder}: results.json, report.html, the models.")
+        results = engine.resume(folder, emit)
+    cli_runs.show_results(folder, results, as_json)
 
 
 def _answer(
@@ -710,12 +733,6 @@ def _inspected(checkpoint: Path) -> RenderableType:
     from edgeprune.inspection import inspect
 
     return _tables().inspection(inspect(checkpoint))
-
-
-def _compared(results: dict[str, Any]) -> RenderableType:
-    from edgeprune import report
-
-    return _tables().results(report.results_table(results), report.summary(results))
 
 
 def _profiled(found: dict[str, Any]) -> RenderableType:

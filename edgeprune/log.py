@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from edgeprune.errors import EdgepruneError
-from edgeprune.events import Event, Note, StageFinished, event_from_json
+from edgeprune.events import Event, Note, RunStarted, StageFinished, event_from_json
 
 
 class LogWriter:
@@ -104,6 +105,27 @@ class LogReader:
 def read_events(path: Path) -> list[Event]:
     """Return every complete event of the log at ``path``; none if there is no such file."""
     return LogReader(path).poll()
+
+
+def read_kinds(path: Path, *kinds: type[Event]) -> list[Event]:
+    """Return the complete events of these kinds alone, the damaged left out: quick on a long log."""
+    starts = tuple(b'{"kind": "%s"' % kind.kind.encode() for kind in kinds)
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return []
+    events = []
+    for line in lines:
+        if line.startswith(starts):
+            with suppress(ValueError, TypeError, AttributeError):
+                events.append(event_from_json(json.loads(line)))
+    return events
+
+
+def last_session(events: Sequence[Event]) -> list[Event]:
+    """Return what the last worker of a run told: ``events`` from the last RunStarted on."""
+    starts = [index for index, event in enumerate(events) if isinstance(event, RunStarted)]
+    return list(events[starts[-1] :]) if starts else []
 
 
 def follow(

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -159,6 +160,48 @@ def latencies(
         right.set(title="Decoding", xlabel="repetition", ylabel="tokens per second")
         left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0)
         return _svg(figure)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in ``pareto``: its name, file size in MB, decoded tokens/s and perplexity per token."""
+
+    name: str
+    megabytes: float
+    speed: float
+    perplexity: float
+    on_front: bool = False
+    dense: bool = False
+
+
+def pareto(points: Sequence[Point]) -> str:
+    """Draw models by file size, decode speed and perplexity; those on the Pareto front are filled."""
+    with _figure(4.2) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        _scatter(left, points, [point.megabytes for point in points])
+        left.set(title="Smaller is better", xlabel="file size, MB", ylabel="perplexity per token")
+        _scatter(right, points, [point.speed for point in points])
+        right.set(title="Faster is better", xlabel="decoded tokens per second")
+        return _svg(figure)
+
+
+def _scatter(axes: Any, points: Sequence[Point], places: Sequence[float]) -> None:
+    middle = (min(places) + max(places)) / 2
+    for point, x in zip(points, places, strict=True):
+        colour = DENSE if point.dense else PRUNED
+        face = colour if point.on_front or point.dense else "none"
+        axes.scatter([x], [point.perplexity], 40, facecolors=face, edgecolors=colour)
+        axes.annotate(
+            point.name,
+            (x, point.perplexity),
+            (7 if x <= middle else -7, 5),
+            textcoords="offset points",
+            ha="left" if x <= middle else "right",
+            color=MUTED if point.dense else INK,
+            fontsize=9,
+        )
+    axes.margins(0.12)
+    axes.grid()
 
 
 def _histograms(axes: Any, samples: Mapping[str, Sequence[float]]) -> None:

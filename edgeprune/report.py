@@ -20,6 +20,8 @@ from edgeprune.recipe import Recipe
 SCHEMA_VERSION = 1
 ROLES = {"dense": "against", "pruned": "export"}
 """Which of the profile's runs is which model's."""
+SAME = 0.005
+"""The relative difference below which two figures count as the same."""
 PACKAGES = (
     "edgeprune",
     "torch",
@@ -195,29 +197,32 @@ def _row(quantity: Quantity, results: dict[str, Any]) -> Row:
         label,
         dense,
         pruned,
-        "" if ratio is None else _change(ratio, quantity.as_factor),
-        _better(ratio, quantity.less_is_better, _noise(quantity.key, results)),
+        "" if ratio is None else change(ratio, quantity.as_factor),
+        better(ratio, quantity.less_is_better, _noise(quantity.key, results)),
     )
 
 
 def _cell(quantity: Quantity, figures: dict[str, Any]) -> str:
     value, spread = figures[quantity.key], figures["spread"].get(quantity.key)
     deviation = f" ± {spread / value:.0%}".replace("%", " %") if spread and value else ""
-    return _shown(value, quantity.show) + deviation
+    return shown(value, quantity.show) + deviation
 
 
-def _shown(value: float | None, show: Callable[[float], str]) -> str:
+def shown(value: float | None, show: Callable[[float], str]) -> str:
+    """Return a figure as people read it, a dash where there is none."""
     return "–" if value is None else show(value)
 
 
-def _change(ratio: float, as_factor: bool) -> str:
+def change(ratio: float, as_factor: bool) -> str:
+    """Return pruned / dense as people read it: a factor, or a change in per cent."""
     if as_factor:
         return f"× {ratio:.2f}" if ratio < 100 else f"× {ratio:,.0f}"
     sign = "−" if ratio < 1 else "+"
     return f"{sign}{abs(ratio - 1):.1%}".replace("%", " %")
 
 
-def _better(ratio: float | None, less_is_better: bool, noise: float) -> bool | None:
+def better(ratio: float | None, less_is_better: bool, noise: float) -> bool | None:
+    """Tell whether pruned / dense is a gain; None within ``noise`` of 1."""
     if ratio is None or abs(ratio - 1) < noise:
         return None
     return (ratio < 1) == less_is_better
@@ -227,7 +232,7 @@ def _noise(key: str, results: dict[str, Any]) -> float:
     """Return the relative difference below which two figures count as the same."""
     spreads = [results[which]["spread"].get(key) or 0 for which in ("dense", "pruned")]
     means = [results[which][key] or 1 for which in ("dense", "pruned")]
-    return max(0.005, *(spread / mean for spread, mean in zip(spreads, means, strict=True)))
+    return max(SAME, *(spread / mean for spread, mean in zip(spreads, means, strict=True)))
 
 
 # ---- report.html
@@ -248,7 +253,7 @@ def render(results: dict[str, Any], events: Iterable[Event]) -> str:
 
     environment = Environment(loader=PackageLoader("edgeprune", "."), autoescape=True)
     return environment.get_template("report.html.j2").render(
-        title=f"{_name(results['model']['name'])}, pruned",
+        title=f"{own_name(results['model']['name'])}, pruned",
         summary=summary(results),
         rows=results_table(results),
         conditions=_conditions(results),
@@ -265,7 +270,7 @@ def summary(results: dict[str, Any]) -> str:
     file = format_bytes(pruned["file_bytes"])
     speed = ratios["decode_tokens_per_second"]
     faster = "as fast as the dense one" if speed is None else _faster(speed)
-    before, after = (_shown(x["token_perplexity"], _perplexity) for x in (dense, pruned))
+    before, after = (shown(x["token_perplexity"], _perplexity) for x in (dense, pruned))
     return (
         f"{removed:.0%} of the parameters in the decoder layers are gone: the file is {file} "
         f"instead of {format_bytes(dense['file_bytes'])}, and decodes {faster} on this machine. "
@@ -282,7 +287,7 @@ def _faster(ratio: float) -> str:
 def _conditions(results: dict[str, Any]) -> str:
     settings, evaluation = results["settings"]["profile"], results["evaluation"]["dense"]
     return (
-        f"Perplexity over {evaluation['tokens']:,} tokens of {_name(_text(results))} in windows of "
+        f"Perplexity over {evaluation['tokens']:,} tokens of {own_name(_text(results))} in windows of "
         f"{evaluation['window']}. Speed from {settings['repeats']} repetitions of "
         f"{settings['prompt']} tokens of prompt and {settings['generate']} generated, each model "
         f"in its own process, the two in turns, after a warm-up.{_disturbance(results['profile'])}"
@@ -367,9 +372,9 @@ def _provenance(results: dict[str, Any]) -> list[tuple[str, str]]:
     here, model = results["machine"], results["model"]
     memory = format_bytes(here["memory_bytes"])
     return [
-        ("Model", _name(model["name"])),
+        ("Model", own_name(model["name"])),
         ("Revision", model["revision"] or "none, a local file"),
-        ("Calibration", _name(results["settings"]["prune"]["calibration"])),
+        ("Calibration", own_name(results["settings"]["prune"]["calibration"])),
         ("Machine", f"{here['processor']}, {here['cores']} cores, {memory}"),
         ("Processor features", ", ".join(here["features"]) or "none known"),
         ("Versions", ", ".join(f"{key} {value}" for key, value in results["versions"].items())),
@@ -389,14 +394,14 @@ def _recipe(settings: dict[str, Any]) -> str:
 def _named(value: Any) -> Any:
     if isinstance(value, list):
         return [_named(each) for each in value]
-    return _name(value) if isinstance(value, str) else value
+    return own_name(value) if isinstance(value, str) else value
 
 
 def _text(results: dict[str, Any]) -> str:
     return str(results["settings"]["evaluate"]["text"])
 
 
-def _name(spec: str) -> str:
+def own_name(spec: str) -> str:
     """Return a file's or folder's own name, anything else as it is: a page is passed on."""
     return Path(spec).name if Path(spec).is_absolute() else spec
 

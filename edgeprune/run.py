@@ -2,50 +2,55 @@
 
 The run's folder holds everything: ``recipe.toml`` as resolved, ``events.jsonl``, ``state.json``,
 the pruned checkpoint, both exports, ``results.json`` and ``report.html``; where the recipe asks for
-it, ``tensorboard/``. What the libraries print goes to ``worker.log``.
+it, ``tensorboard/``. What the libraries print goes to ``worker.log``. ``run`` and ``resume`` stay until the end, and the
+worker ends with them; ``start`` and ``restart`` leave a worker at work that outlives this process and its terminal: see
+``control``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-import psutil
-
-from edgeprune import machine, sources, worker
+from edgeprune import control, lock, machine, runs, sources, worker
 from edgeprune import recipe as recipes
-from edgeprune.errors import BadInput, EdgepruneError, Interrupted
-from edgeprune.events import Emit, Note, RunFailed, RunFinished, ignore
+from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.events import (
+    Emit,
+    Note,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    StageFinished,
+    ignore,
+)
 from edgeprune.log import follow
 from edgeprune.quantities import format_bytes
 from edgeprune.recipe import Recipe, SourceSection
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 WORKER = (sys.executable, "-m", "edgeprune.worker")
-LOCK = "run.lock"
 OWN_FILES = (
     worker.EVENTS,
     worker.OUTPUT,
     worker.RECIPE,
     worker.STATE,
+    worker.STOP,
     worker.PRUNE_STATE,
     worker.RECOVERY,
     worker.TENSORBOARD,
     worker.UNFINISHED,
-    LOCK,
+    lock.FILE,
 )
+FIRST_LOOK = 15.0
+"""Seconds for which ``start`` waits for the worker's first stage, which finds most of what cannot be done."""
 ROOM_TO_START = 50_000_000
 """Bytes of free disk without which no run is started; the source stage knows the real need."""
 
@@ -58,9 +63,41 @@ def run(recipe: Recipe | str | Path, folder: str | Path, emit: Emit = ignore) ->
     Raises:
         BadInput: what was asked cannot be done; ``folder`` is left as it was.
         EdgepruneError: the run failed on its way; the message names the command to go on with.
-        Interrupted: Ctrl-C; likewise.
+        Interrupted: Ctrl-C, or it was told to stop; likewise.
     """
     folder = Path(folder).absolute()
+    with _prepared(recipe, folder):
+        return _work(folder, emit)
+
+
+def resume(folder: str | Path, emit: Emit = ignore) -> dict[str, Any]:
+    """Go on with the run in ``folder`` where it ended; raises as ``run``."""
+    folder = Path(folder).absolute()
+    worker.read_state(folder)
+    return _work(folder, emit)
+
+
+def start(recipe: Recipe | str | Path, folder: str | Path, emit: Emit = ignore) -> RunStarted:
+    """Start the run that ``run`` does, and leave its worker at work when this process ends.
+
+    Returns when the worker is through its first stage or has been at it for ``FIRST_LOOK`` seconds. Until then,
+    raises as ``run``.
+    """
+    folder = Path(folder).absolute()
+    with _prepared(recipe, folder):
+        return _leave(folder, emit)
+
+
+def restart(folder: str | Path, emit: Emit = ignore) -> RunStarted:
+    """Go on with the run in ``folder`` as ``resume``, its worker left at work as by ``start``."""
+    folder = Path(folder).absolute()
+    worker.read_state(folder)
+    return _leave(folder, emit)
+
+
+@contextmanager
+def _prepared(recipe: Recipe | str | Path, folder: Path) -> Iterator[None]:
+    """Make ``folder`` ready for the run; if it is refused before any work, leave it as it was."""
     recipe = _check(recipe, folder)
     existed = folder.exists()
     try:
@@ -72,18 +109,11 @@ def run(recipe: Recipe | str | Path, folder: str | Path, emit: Emit = ignore) ->
             f"{folder}: cannot be written: {error.strerror}; name another with -o DIR"
         ) from error
     try:
-        return _work(folder, emit)
+        yield
     except BadInput:
         if not _has_begun(folder):
             _discard(folder, existed)
         raise
-
-
-def resume(folder: str | Path, emit: Emit = ignore) -> dict[str, Any]:
-    """Go on with the run in ``folder`` where it ended; raises as ``run``."""
-    folder = Path(folder).absolute()
-    worker.read_state(folder)
-    return _work(folder, emit)
 
 
 def _check(recipe: Recipe | str | Path, folder: Path) -> Recipe:
@@ -140,137 +170,146 @@ def _discard(folder: Path, existed: bool) -> None:
         worker.remove(folder / name)
     if not existed:
         folder.rmdir()
+    with suppress(EdgepruneError):
+        runs.forget(folder)
 
 
 def _work(folder: Path, emit: Emit) -> dict[str, Any]:
     """Let a worker do what is left of the run in ``folder``."""
-    with _only_one(folder, emit) as lock:
-        log = folder / worker.EVENTS
-        offset = log.stat().st_size if log.exists() else 0
-        process = _start(folder, lock)
-        end = _watch(process, log, offset, emit)
-    if end is None:
-        raise _died(process.returncode, folder)
-    if isinstance(end, RunFailed):
-        raise _error(end.exit_code, end.error, folder)
-    results = json.loads((folder / worker.RESULTS).read_text("utf-8"))
-    return cast("dict[str, Any]", results)
+    with _in_charge(folder, emit) as held:
+        offset = _log_size(folder)
+        process = _spawn(folder, held)
+        end = _watch(process, folder, offset, emit)
+    return control.outcome(folder, end, process.returncode)
 
 
-def _start(folder: Path, lock: IO[str]) -> subprocess.Popen[bytes]:
-    # A session of its own: the terminal's Ctrl-C must not reach it past us.
+def _leave(folder: Path, emit: Emit) -> RunStarted:
+    """As ``_work``, but only until the worker can be left alone."""
+    with _in_charge(folder, emit) as held:
+        offset = _log_size(folder)
+        process = _spawn(folder, held, detached=True)
+        lock.hand_over(held, process.pid)
+        started = _watch_the_start(process, folder, offset, emit)
+    # Whoever stays alive reaps the worker when it ends.
+    threading.Thread(target=process.wait, daemon=True).start()
+    return started
+
+
+@contextmanager
+def _in_charge(folder: Path, emit: Emit) -> Iterator[IO[str]]:
+    """Hold the run's lock; what an earlier worker was told is forgotten, and the run is listed."""
+    with lock.only_one(folder, emit, worker.PATIENCE + 5) as held:
+        worker.remove(folder / worker.STOP)
+        try:
+            runs.remember(folder)
+        except EdgepruneError as error:  # a list is no reason not to work
+            emit(Note(text=str(error), level="warning"))
+        yield held
+
+
+def _log_size(folder: Path) -> int:
+    log = folder / worker.EVENTS
+    return log.stat().st_size if log.exists() else 0
+
+
+def _spawn(folder: Path, held: IO[str], detached: bool = False) -> subprocess.Popen[bytes]:
+    # A session (on Windows a group, and no console) of its own: neither the terminal's Ctrl-C nor its end reaches it.
+    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    if detached:
+        flags |= getattr(subprocess, "DETACHED_PROCESS", 0)
     with (folder / worker.OUTPUT).open("ab") as output:
         return subprocess.Popen(
-            [*WORKER, str(folder)],
-            stdin=subprocess.PIPE,
+            [*WORKER, str(folder), *([worker.DETACHED] if detached else [])],
+            stdin=subprocess.DEVNULL if detached else subprocess.PIPE,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            pass_fds=(lock.fileno(),) if fcntl else (),
+            creationflags=flags,
+            pass_fds=lock.inheritable(held),
         )
 
 
 def _watch(
-    process: subprocess.Popen[bytes], log: Path, offset: int, emit: Emit
-) -> RunFinished | RunFailed | None:
+    process: subprocess.Popen[bytes], folder: Path, offset: int, emit: Emit
+) -> control.End | None:
     """Pass on the worker's events until it ends, which it does when we are interrupted, too.
 
     Returns how it said that it ended; None if it did not come to that.
     """
-    end = None
+    end: control.End | None = None
+    began = time.time()
     try:
-        for event in follow(log, offset, ended=lambda: process.poll() is not None):
+        for event in follow(
+            folder / worker.EVENTS, offset, ended=lambda: process.poll() is not None
+        ):
             if isinstance(event, RunFinished | RunFailed):
                 end = event
             emit(event)
     except KeyboardInterrupt:
-        emit(Note(text="stopping ... (Ctrl-C again ends it at once)"))
-        _stop(process)
-        return RunFailed(error="stopped", exit_code=worker.INTERRUPTED)
+        return _stopped(process, folder, began, emit)
     finally:
-        _stop(process)
+        _stop(process, folder)
     return end
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _watch_the_start(
+    process: subprocess.Popen[bytes], folder: Path, offset: int, emit: Emit
+) -> RunStarted:
+    """Pass on the worker's events until it can be left alone; what ends it before is raised, Ctrl-C as well."""
+    started: RunStarted | None = None
+    failed: RunFailed | None = None
+    began = time.time()
+    deadline = time.monotonic() + FIRST_LOOK
+
+    def over() -> bool:
+        return process.poll() is not None or (started is not None and time.monotonic() > deadline)
+
+    try:
+        for event in follow(folder / worker.EVENTS, offset, ended=over):
+            emit(event)
+            if isinstance(event, RunStarted):
+                started = event
+            elif isinstance(event, RunFailed):
+                failed = event
+            if started and (started.finished or isinstance(event, StageFinished)):
+                return started
+        if started and not failed and process.poll() is None:
+            return started
+    except KeyboardInterrupt:
+        end = _stopped(process, folder, began, emit)
+        if started and isinstance(end, RunFinished):
+            return started
+        failed = end if isinstance(end, RunFailed) else None
+    except BaseException:
+        _stop(process, folder)
+        raise
+    raise control.failure(folder, failed, process.wait())
+
+
+def _stopped(
+    process: subprocess.Popen[bytes], folder: Path, began: float, emit: Emit
+) -> control.End:
+    emit(Note(text="stopping ... (Ctrl-C again ends it at once)"))
+    _stop(process, folder)
+    return control.record_stop(folder, since=began)
+
+
+def _stop(process: subprocess.Popen[bytes], folder: Path) -> None:
     """End the worker, by itself if it can, and whatever it started."""
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        process.stdin.close()
+    if process.poll() is None:
+        with suppress(OSError):
+            (folder / worker.STOP).touch()
+        control.wake(process.pid)
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
     with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.wait(worker.PATIENCE)
+        process.wait(worker.PATIENCE + 1)
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
     process.wait()
-
-
-def _error(exit_code: int, text: str, folder: Path) -> EdgepruneError:
-    resume = worker.resume_command(folder)
-    if exit_code == worker.INTERRUPTED:
-        return Interrupted(f"{text}; go on with: {resume}")
-    if exit_code == BadInput.exit_code:
-        return BadInput(text)
-    return EdgepruneError(f"{text}\ngo on with: {resume}")
-
-
-def _died(code: int, folder: Path) -> EdgepruneError:
-    """Return the error for a worker that ended without a word."""
-    if machine.disk_free(folder) < 1_000_000:
-        return _error(BadInput.exit_code, f"the disk of {folder} is full: free some space", folder)
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    if "SIGKILL" in how:
-        how += " (out of memory?)"
-    lines = (folder / worker.OUTPUT).read_text("utf-8", errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    said = f"; its last words: {last}" if last else ""
-    return _error(1, f"the run's worker process {how}{said}", folder)
-
-
-@contextmanager
-def _only_one(folder: Path, emit: Emit) -> Iterator[IO[str]]:
-    """Hold the run's lock, which the worker inherits: two at work in one folder would ruin it.
-
-    The system drops the lock with the last process that holds it, so none is ever stale. A worker
-    whose parent is gone is on its way out, and waited for.
-    """
-    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
-        lock.seek(0)
-        holder = lock.read().strip()
-        if not _take(lock, holder):
-            _wait_for(lock, holder, folder, emit)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield lock
-        lock.truncate(0)
-
-
-def _wait_for(lock: IO[str], holder: str, folder: Path, emit: Emit) -> None:
-    emit(Note(text="waiting for the worker of an earlier try to end"))
-    deadline = time.monotonic() + worker.PATIENCE + 5
-    while not _take(lock, holder):
-        if _is_alive(holder) or time.monotonic() > deadline:
-            raise EdgepruneError(
-                f"{folder}: process {holder} is at work on this run; wait for it, or stop it first"
-            )
-        time.sleep(0.2)
-
-
-def _take(lock: IO[str], holder: str) -> bool:
-    if not fcntl:
-        return not _is_alive(holder)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_alive(holder: str) -> bool:
-    try:
-        return psutil.Process(int(holder)).status() != psutil.STATUS_ZOMBIE
-    except (ValueError, psutil.Error):
-        return False
+    with suppress(OSError):
+        (folder / worker.STOP).unlink(missing_ok=True)

@@ -13,11 +13,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from edgeprune.comparison import LABELS, Comparison, cells
 from edgeprune.quantities import format_bytes, format_count, format_seconds
+from edgeprune.runs import RunInfo
+from edgeprune.worker import shown
 
 FULL, EMPTY = "█", "░"
 HEADS_BAR, FFN_BAR = 8, 20
 """Cells of the bars in the picture of a model's widths."""
+
+RUN_WIDTH, COMPARED_WIDTH = 31, 16
+"""Characters of a name: what is shown fits into 80 columns."""
+STATE_COLOURS = {
+    "running": "cyan",
+    "paused": "yellow",
+    "finished": "green",
+    "failed": "red",
+    "dead": "red",
+}
 
 
 def inspection(found: dict[str, Any]) -> RenderableType:
@@ -158,6 +171,53 @@ def results(rows: Iterable[Any], summary: str) -> RenderableType:
     for row in rows:
         table.add_row(row.label, row.dense, row.pruned, Text(row.change, colours[row.better]))
     return Group(table, Text(summary))
+
+
+def runs(infos: Iterable[RunInfo]) -> RenderableType:
+    """Draw ``runs.list_runs``: what each run makes and how it stands."""
+    table = _table("Run", "state", "now", "took", left=(0, 1, 2))
+    table.padding = (0, 1, 0, 0)
+    table.columns[2].no_wrap = False
+    for info in infos:
+        took = "" if info.seconds is None else format_seconds(info.seconds)
+        state = Text(info.state, STATE_COLOURS.get(info.state, ""))
+        what = ", ".join(part for part in (info.model, info.target) if part)
+        run = Text(_end(shown(info.folder), RUN_WIDTH))
+        if what:
+            run.append(f"\n{_end(what, RUN_WIDTH)}", "dim")
+        table.add_row(run, state, _standing(info), took)
+    return table
+
+
+def _end(text: str, width: int) -> str:
+    """Return the end of ``text``: that of a path tells the most."""
+    return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+def _standing(info: RunInfo) -> str:
+    if info.pruned is None:
+        return info.error.partition("\n")[0] or info.stage
+    size, perplexity = info.pruned.file_bytes, info.pruned.token_perplexity
+    figures = [
+        "" if size is None else format_bytes(size),
+        "" if perplexity is None else f"perplexity {_figure(perplexity)}",
+    ]
+    return ", ".join(figure for figure in figures if figure)
+
+
+def comparison(found: Comparison) -> RenderableType:
+    """Draw ``comparison.compare``: under each figure, its change against the dense model."""
+    table = _table("", *(label.replace(" ", "\n", 1) for label in LABELS), left=(0,))
+    table.padding = (0, 1, 0, 0)
+    colours = {True: "green", False: "red", None: ""}
+    for run in found.runs:
+        figures = cells(run)
+        mark = "★ " if run.on_front else "  "
+        name = _end(run.name, COMPARED_WIDTH)
+        table.add_row(Text(mark + name, "bold"), *(cell.value for cell in figures))
+        changes = (Text(cell.change, colours[cell.better]) for cell in figures)
+        table.add_row(Text(f"  {_end(run.info.target, COMPARED_WIDTH)}", "dim"), *changes)
+    return Group(table, Text("★ on the Pareto front of file size, decode speed and perplexity"))
 
 
 def machine(found: dict[str, Any]) -> RenderableType:

@@ -3,8 +3,9 @@
 It works through the stages of the recipe in FOLDER, keeps what each one found in ``state.json`` and
 tells what happens in ``events.jsonl``. Started again after any death, it skips what is finished.
 
-It ends when its standard input does: so it stops in an orderly way on Ctrl-C, and never outlives
-the process that started it.
+It ends when it is told to, in an orderly way: by a file ``stop`` in FOLDER (on every system, and heard while a library
+computes), by SIGINT or SIGTERM, or by the end of its standard input. The last is how it never outlives the process that
+started it; ``--detached`` leaves that out.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
+
+from edgeprune import lock
 from edgeprune import recipe as recipes
 from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.events import (
@@ -45,6 +49,7 @@ EVENTS = "events.jsonl"
 OUTPUT = "worker.log"
 RECIPE = "recipe.toml"
 STATE = "state.json"
+STOP = "stop"
 PRUNE_STATE = "prune-state.safetensors"
 RECOVERY = "recovery"
 TENSORBOARD = "tensorboard"
@@ -57,6 +62,9 @@ REPORT = "report.html"
 
 STATE_VERSION = 1
 INTERRUPTED = 130
+DETACHED = "--detached"
+LOOK_INTERVAL = 0.2
+"""Seconds between two looks for the file ``stop``."""
 PATIENCE = 20.0
 """Seconds that the work has to stop by itself before it is ended."""
 
@@ -361,14 +369,14 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         state = json.loads((folder / STATE).read_text("utf-8"))
-        stages, version = state["stages"], state["schema_version"]
+        stages, version = dict(state["stages"]), state["schema_version"]
     except (OSError, ValueError, LookupError, TypeError):
         raise BadInput(
             f"{folder}: no run to go on with here; start one with: edgeprune run RECIPE -o DIR"
         ) from None
     if version != STATE_VERSION:
         raise BadInput(f"{folder}: the run was made by another version of edgeprune; start it anew")
-    return cast("dict[str, dict[str, Any]]", stages)
+    return stages
 
 
 def write_state(folder: Path, stages: dict[str, dict[str, Any]]) -> None:
@@ -393,21 +401,21 @@ def remove(path: Path) -> None:
 # ---- the process
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, detached: bool = False) -> int:
     """Do the work of the run in ``folder``; the exit code says how it went."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     with LogWriter(folder / EVENTS) as emit:
-        failed = _try(folder, emit)
-        if failed is None:
-            return 0
-        emit(failed)
-        return failed.exit_code
+        failed = _try(folder, emit, detached)
+        if failed is not None:
+            emit(failed)
+    if detached:  # nobody watches to do it
+        lock.clear(folder)
+    return 0 if failed is None else failed.exit_code
 
 
-def _try(folder: Path, emit: Emit) -> RunFailed | None:
+def _try(folder: Path, emit: Emit, detached: bool) -> RunFailed | None:
     resume = resume_command(folder)
     try:
+        _obey(folder, emit, detached)
         work_through(folder, STAGES, emit)
     except EdgepruneError as error:
         return RunFailed(error=str(error), exit_code=error.exit_code, next=resume)
@@ -424,23 +432,56 @@ def _try(folder: Path, emit: Emit) -> RunFailed | None:
 
 def resume_command(folder: Path) -> str:
     """Return what to type to go on with the run in ``folder``."""
+    return f"edgeprune run --resume {shown(folder)}"
+
+
+def shown(folder: Path) -> str:
+    """Return ``folder`` as it is typed into a shell here."""
     here = Path.cwd()
-    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    return f"edgeprune run --resume {shlex.quote(str(shown))}"
+    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 
 
-def _stop_at_end_of_input() -> None:
-    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
-        pass
+def _obey(folder: Path, emit: Emit, detached: bool) -> None:
+    """From now on, interrupt the work when told to stop, and end the process if that does not end it."""
+    told = threading.Event()
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):  # once is enough: the end is not disturbed
+            signal.signal(each, signal.SIG_IGN)
+        told.set()
+        raise KeyboardInterrupt
+
+    def wait_for_end_of_input() -> None:
+        while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
+            pass
+        told.set()
+
+    def watch() -> None:
+        while not (told.wait(LOOK_INTERVAL) or (folder / STOP).exists()):
+            pass
+        _interrupt_main()
+        time.sleep(PATIENCE)
+        emit(RunFailed(error="stopped", exit_code=INTERRUPTED, next=resume_command(folder)))
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                child.kill()
+        os._exit(INTERRUPTED)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
+    if not detached:
+        threading.Thread(target=wait_for_end_of_input, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _interrupt_main() -> None:
     if hasattr(signal, "pthread_kill"):  # unlike interrupt_main, ends a wait in a system call
         signal.pthread_kill(cast("int", threading.main_thread().ident), signal.SIGINT)
     else:
         import _thread
 
         _thread.interrupt_main()
-    time.sleep(PATIENCE)
-    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), detached=DETACHED in sys.argv))

@@ -36,6 +36,8 @@ def misbehave(work):
     work.emit(Note(text=f"second: {deed or 'as it should'}"))
     if deed == "hang":
         time.sleep(600)
+    while deed == "wait" and not (work.folder / "go").exists():
+        time.sleep(0.02)
     if deed == "hang stubbornly":
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         time.sleep(600)
@@ -67,4 +69,4 @@ worker.STAGES = (
 )
 
 if __name__ == "__main__":
-    sys.exit(worker.main(Path(sys.argv[1])))
+    sys.exit(worker.main(Path(sys.argv[1]), detached=worker.DETACHED in sys.argv))

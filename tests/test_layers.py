@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCREEN = {"edgeprune.__main__", "edgeprune.cli", "edgeprune.console", "edgeprune.tables"}
+SCREEN = {f"edgeprune.{name}" for name in ("__main__", "cli", "cli_runs", "console", "tables")}
 HEAVY = ("torch", "transformers", "numpy", "textual", "datasets", "onnx", "onnxruntime")
 
 

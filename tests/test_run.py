@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from edgeprune import lock, report, worker
 from edgeprune import recipe as recipes
-from edgeprune import report, worker
 from edgeprune import run as runs
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted
 from edgeprune.events import (
@@ -264,7 +264,7 @@ def test_only_one_worker_in_a_folder(misdeed, folder):
 
 def test_a_stale_lock_does_not_lock(fake, folder):
     runs.run(RECIPE, folder)
-    (folder / runs.LOCK).write_text(str(os.getpid()))
+    (folder / lock.FILE).write_text(str(os.getpid()))
     assert runs.resume(folder) == RESULTS
 
 
@@ -392,7 +392,7 @@ def test_a_run_leaves_all_that_it_promises(uninterrupted):
     assert {path.name for path in folder.iterdir()} == {
         *(name for stage in worker.STAGES for name in stage.artefacts),
         *(worker.EVENTS, worker.OUTPUT, worker.RECIPE, worker.STATE),
-        runs.LOCK,
+        lock.FILE,
     }
 
 

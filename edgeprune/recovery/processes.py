@@ -91,6 +91,7 @@ def _end(member: subprocess.Popen[bytes]) -> None:
 def _error(folder: Path, rank: int, number: int, code: int) -> EdgepruneError:
     try:
         said = json.loads((folder / FAILED).read_text("utf-8"))
+        (folder / FAILED).unlink()
     except (OSError, ValueError):
         return EdgepruneError(
             f"process {rank + 1} of the {number} that train ended with code {code}; "
