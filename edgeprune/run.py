@@ -2,9 +2,10 @@
 
 The run's folder holds everything: ``recipe.toml`` as resolved, ``events.jsonl``, ``state.json``,
 the pruned checkpoint, both exports, ``results.json`` and ``report.html``; where the recipe asks for
-it, ``tensorboard/``. What the libraries print goes to ``worker.log``. ``run`` and ``resume`` stay until the end, and the
-worker ends with them; ``start`` and ``restart`` leave a worker at work that outlives this process and its terminal: see
-``control``.
+it, ``tensorboard/``. What the libraries print goes to ``worker.log``.
+
+``run`` and ``resume`` stay until the end, and the worker ends with them; ``start`` and ``restart`` leave a worker at
+work that outlives this process and its terminal: see ``control``.
 """
 
 from __future__ import annotations
