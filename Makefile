@@ -33,8 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/edgeprune demo
 
+# two files of tests at a time, each on one thread: they wait for processes more than they compute
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check
