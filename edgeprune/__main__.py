@@ -40,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    if not (sys.argv[1:] if arguments is None else arguments) and has_a_terminal():
+        from edgeprune.tui import app as screen  # at once, without the command line's imports
+
+        screen.main()
+        return DONE
     import typer
 
     from edgeprune.cli import app
@@ -52,6 +57,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         raise KeyboardInterrupt
     sys.stdout.flush()
     return code if isinstance(code, int) else DONE
+
+
+def has_a_terminal() -> bool:
+    """Tell whether there is a terminal to draw the app in, or textual-serve in its place."""
+    if os.environ.get("TEXTUAL_DRIVER"):
+        return True
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # Textual draws on the last
+    return all(each.isatty() for each in streams) and os.environ.get("TERM") != "dumb"
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -27,7 +27,8 @@ EDGEPRUNE_TRACEBACK=1 shows where an error came from, NO_COLOR=1 turns colours o
 
 app = typer.Typer(
     name="edgeprune",
-    help="Prune a language model layer by layer until it fits the device you own, and measure it.",
+    help="Prune a language model layer by layer until it fits the device you own, and measure it. "
+    "Without a command: the app, which leads through all of it in this terminal.",
     # Plain help starts in half the time of the drawn one. It joins the lines of a paragraph.
     epilog=EXIT_CODES.replace("\n", "\n\n"),
     add_completion=False,
@@ -81,11 +82,28 @@ def start(
             "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
         ),
     ] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve the app to a browser on this machine.")
+    ] = False,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="With --web: listen here; others can then use it.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(metavar="N", min=1, max=65_535, help="With --web: the port.")
+    ] = 8000,
 ) -> None:
-    """Say what there is when no command is named."""
-    if context.invoked_subcommand is None:
-        console.note("The terminal app is not there yet; these are the commands.")
-        console.data(context.get_help())
+    """Serve the app, or say what there is: ``__main__`` has started it where there is a terminal."""
+    if context.invoked_subcommand is not None:
+        if web:
+            raise BadInput("--web stands alone: edgeprune --web")
+        return
+    if web:
+        from edgeprune.tui.web import serve
+
+        serve(host, port, console.note)
+        return
+    console.note("The app needs a terminal, and this is none; these are the commands.")
+    console.data(context.get_help())
 
 
 @app.command(short_help="Cut a model down to a budget.")

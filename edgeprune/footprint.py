@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from edgeprune import machine, mapped
@@ -60,7 +61,7 @@ class Footprint:
 
     # ---- the parts
 
-    @property
+    @cached_property  # the weights are counted on a model that is built for it
     def base(self) -> int:
         """Everything that is there all the time."""
         held = 0 if self.streamed else weight_bytes(self.config, self.stored)

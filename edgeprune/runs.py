@@ -8,7 +8,6 @@ What is damaged is told as text, never raised: a list shows all that it can. Imp
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from edgeprune import control, lock, worker
 from edgeprune import recipe as recipes
 from edgeprune.errors import BadInput, EdgepruneError, one_line
 from edgeprune.events import RunFailed, RunFinished, RunStarted, StageStarted
+from edgeprune.locations import state_folder
 from edgeprune.log import last_session, read_kinds
 from edgeprune.quantities import format_bytes, format_count
 from edgeprune.recipe import Recipe
@@ -96,14 +96,6 @@ def forget(folder: str | Path) -> bool:
     if found:
         _change(lambda folders: [each for each in folders if each != path])
     return found
-
-
-def state_folder() -> Path:
-    """Return where edgeprune keeps what it remembers of this user's work."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    home = Path(base) if Path(base).is_absolute() else Path("~/.local/state").expanduser()
-    return home / "edgeprune"
 
 
 def _folders() -> list[Path]:

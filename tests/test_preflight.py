@@ -1,6 +1,9 @@
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
+import tiny
 
 from edgeprune import machine, preflight, recipe
 from edgeprune.errors import BadInput
@@ -56,3 +59,108 @@ def test_a_model_larger_than_memory_is_worked_on_in_pieces(check):
     _, (note,) = check(memory=(2 * GB, 1 * GB))
     assert isinstance(note, Note)
     assert "one decoder layer at a time" in note.text
+
+
+# ---- a list that ticks
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save("llama", tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def ticked(tmp_path, model):
+    """Return a function that makes all checks of a run and gives them by name."""
+
+    def make(folder=tmp_path / "run", **sections):
+        data = {"source": {"model": str(model)}, "prune": {"sparsity": 0.3}}
+        made = recipe.parse(data | {"evaluate": {"window": 128}} | sections)
+        return {each.name: each for each in preflight.checks(made, folder)}
+
+    return make
+
+
+def test_every_check_of_a_run_that_can_be_done_is_ticked_with_its_figures(ticked):
+    found = ticked(recover={"data": ["builtin"], "tokens": "100k", "length": 128})
+    assert list(found) == [
+        "model",
+        "folder",
+        "libraries",
+        "target",
+        "prune-memory",
+        "train-memory",
+        "disk",
+        "lengths",
+        "calibration",
+        "evaluation",
+        "data",
+    ]
+    assert {each.state for each in found.values()} == {"ok"}
+    assert "parameters; its weights are here" in found["model"].text
+    assert "pruning takes about" in found["prune-memory"].text
+    assert "training takes about" in found["train-memory"].text
+    assert {"train-memory", "data"}.isdisjoint(ticked())
+
+
+def test_what_needs_a_model_is_skipped_without_one_and_the_rest_is_checked(ticked, tmp_path):
+    (tmp_path / "taken").write_text("x")
+    found = ticked(
+        tmp_path, source={"model": str(tmp_path / "none")}, evaluate={"text": "there/is/none.txt"}
+    )
+    states = {name: each.state for name, each in found.items()}
+    assert states == {
+        "model": "failed",
+        "folder": "failed",
+        "libraries": "ok",
+        "target": "skipped",
+        "prune-memory": "skipped",
+        "disk": "skipped",
+        "lengths": "skipped",
+        "calibration": "ok",
+        "evaluation": "failed",
+    }
+    assert found["evaluation"].mend == "check the path, or use builtin"
+    assert "another with -o DIR" in found["folder"].mend
+
+
+def test_a_cut_or_a_memory_that_is_too_small_is_told_with_what_to_do(ticked, monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(GB, 1_000_000))
+    found = ticked(
+        prune={"sparsity": 0.999, "length": 1024},
+        recover={"data": ["nowhere.jsonl"], "tokens": "100k", "length": 128},
+    )
+    failed = {name: each for name, each in found.items() if each.state == "failed"}
+    assert list(failed) == ["target", "prune-memory", "train-memory", "lengths", "data"]
+    assert "length is 1024 tokens" in failed["target"].text
+    assert "training takes about" in failed["train-memory"].text
+    assert "only a smaller model" in failed["train-memory"].mend
+    assert failed["lengths"].mend == "ask for less"
+    assert failed["data"].text == "recover.data: there is no file nowhere.jsonl"
+
+
+def test_weights_on_the_hub_are_counted_and_not_fetched(ticked, monkeypatch, tmp_path, model):
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    described = Source("one/model", "hub", tmp_path, revision="a" * 40)
+    monkeypatch.setattr(preflight.sources, "resolve", lambda *a, **k: described)
+    asked = []
+
+    def dry_run(name, **options):
+        asked.append((name, options["revision"], options["dry_run"]))
+        files = [(5 * GB, True), (GB, False)]
+        return [SimpleNamespace(file_size=size, will_download=new) for size, new in files]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", dry_run)
+    monkeypatch.setattr(machine, "disk_free", lambda folder: 6 * GB)
+    assert "5.00 GB will be downloaded" in ticked()["model"].text
+    assert asked == [("one/model", "a" * 40, True)]
+    monkeypatch.setattr(machine, "disk_free", lambda folder: 4 * GB)
+    found = ticked()
+    assert (found["model"].state, found["target"].state) == ("failed", "skipped")
+    assert "HF_HOME" in found["model"].mend
+
+    def offline(name, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert "the Hub cannot be asked for it (no route to host)" in ticked()["model"].text
