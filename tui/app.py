@@ -77,6 +77,7 @@ class EdgepruneApp(App[None]):
         from edgeprune.tui.choice import Choice
         from edgeprune.tui.screens.source import SourceScreen
 
+        self.action_home()  # from wherever the command palette was opened
         self.choice = Choice()
         self.push_screen(SourceScreen())
 
