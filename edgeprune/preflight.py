@@ -22,6 +22,7 @@ from edgeprune.recipe import TARGETS, Recipe
 from edgeprune.shards import INDEX, SINGLE
 from edgeprune.sources import Source
 from edgeprune.texts import COLUMNS, is_builtin, local_file, read_rows, read_texts
+from edgeprune.worker import shown
 
 if TYPE_CHECKING:  # what imports torch is imported when it is used
     from edgeprune.options import Options
@@ -262,7 +263,7 @@ def _folder(plan: Plan) -> Finding:
     problems = _folder_problems(plan.folder.absolute())
     if problems:
         return Finding.of(BadInput("\n".join(problems)))
-    return Finding("ok", f"{plan.folder} is free")
+    return Finding("ok", f"{shown(plan.folder.absolute())} is free")
 
 
 def _libraries(_plan: Plan) -> Finding:
@@ -281,7 +282,7 @@ def _disk(plan: Plan) -> Finding:
     copies = 3 + (4 + 9 if plan.recipe.recover is not None else 0)
     need = copies * _shape(plan)["parameters"] * WEIGHT_BYTES + ROOM
     free = machine.disk_free(plan.folder)
-    text = f"{plan.folder}: {format_bytes(free)} free, and the run may need {format_bytes(need)}"
+    text = f"{shown(plan.folder.absolute())}: {format_bytes(free)} free, and the run may need {format_bytes(need)}"
     if need <= free:
         return Finding("ok", text)
     return Finding("failed", text, "free some space or name another disk with -o DIR")

@@ -11,8 +11,8 @@ import pytest
 from pilots import FixedAnswers, piloted, seen, until
 from textual.pilot import Pilot
 
-from edgeprune import runs, worker
 from edgeprune import recipe as recipes
+from edgeprune import runs, worker
 from edgeprune.events import RunFailed, RunStarted
 from edgeprune.log import LogWriter
 from edgeprune.tui import settings

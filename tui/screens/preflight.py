@@ -94,7 +94,9 @@ class PreflightScreen(WizardScreen):
             what = "1 check" if self.failed == 1 else f"{self.failed} checks"
             self.warn(f"{what} failed: do what stands there, then press r to check again")
         else:
-            self.tell(f"✓ Ready. Enter starts the run in {self._folder}")
+            from edgeprune.worker import shown
+
+            self.tell(f"✓ Ready. Enter starts the run in {shown(self._folder.absolute())}")
 
     # ---- the start
 
