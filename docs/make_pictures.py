@@ -34,7 +34,7 @@ SIZE = (116, 36)
 PATIENCE = 3 * 3600.0
 FIRST = Choice(effort="quick", folder="runs/smollm2-30pct")
 SECOND = Choice(
-    effort="quick", value=0.45, recovery="own", own_tokens=60_000, folder="runs/smollm2-45pct"
+    effort="quick", value=0.45, recovery="own", own_tokens=40_000, folder="runs/smollm2-45pct"
 )
 QUESTION = "What is a steam engine?"
 

@@ -266,11 +266,15 @@ def recover(
     ],
     tokens: Annotated[str, typer.Option(metavar="N", help="Tokens to train on: 300k, 20M, 1B.")],
     distill: Annotated[
-        float,
+        float | None,
         typer.Option(
-            metavar="PART", min=0, max=1, help="Part of the loss that follows the teacher."
+            metavar="PART",
+            min=0,
+            max=1,
+            help="Part of the loss that follows the teacher; default: 0.5 with --teacher, else 0.",
+            show_default=False,
         ),
-    ] = 0.0,
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="The dense model, for --distill.", show_default=False),
@@ -369,13 +373,16 @@ def recover(
 
     edgeprune recover pruned -o recovered --data notes.txt --tokens 300k --state state
 
-    edgeprune recover pruned -o recovered --data wiki.jsonl=3 --data builtin=1 --tokens 1M --distill 0.5 --teacher dense
+    edgeprune recover pruned -o recovered --data wiki.jsonl=3 --data builtin=1 --tokens 1M --teacher dense
     """
     from edgeprune.events import ignore
+    from edgeprune.recipe import DISTILL
     from edgeprune.recovery import recover as work
     from edgeprune.recovery.settings import training_for
     from edgeprune.tensorboard import check_folder, recorded
 
+    if distill is None:
+        distill = DISTILL if teacher else 0.0
     speaks = os.environ.get("RANK", "0") == "0"  # the first of the processes that were launched
     if tensorboard is not None:
         check_folder(tensorboard, output, state)

@@ -20,6 +20,8 @@ from edgeprune.errors import BadInput
 from edgeprune.quantities import parse_bytes, parse_count, parse_fraction
 
 TARGETS = ("sparsity", "params", "memory")
+DISTILL = 0.5
+"""Where there is a dense model to learn from: measured to be better than 0 (``benchmarks/RESULTS.md``)."""
 
 
 def _quantity(parse: Callable[[str], float]) -> BeforeValidator:
@@ -115,8 +117,8 @@ class RecoverSection(_Section):
     """How often to prune and train in turns; 1: prune, then train."""
     spacing: Literal["geometric", "linear"] = "geometric"
     """Each time remove the same share of what is left, or the same number of parameters."""
-    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Part of the loss that follows the dense model's predictions."""
+    distill: Annotated[float, Field(ge=0, le=1)] = DISTILL
+    """Part of the loss that follows the dense model's predictions; 0: the dense model is not needed in memory."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of those predictions."""
     teacher_top_k: Annotated[int, Field(ge=0, le=65_535)] = 0

@@ -137,7 +137,7 @@ def test_recovery_is_asked_for_in_a_section_of_its_own():
     assert recipe.parse_toml(SMALLEST).recover is None
     read = recipe.parse_toml(SMALLEST + '[recover]\ndata = ["a.txt=2"]\ntokens = "20M"\n').recover
     assert read.tokens == 20_000_000
-    assert (read.interleavings, read.spacing, read.distill) == (1, "geometric", 0.0)
+    assert (read.interleavings, read.spacing, read.distill) == (1, "geometric", 0.5)
     assert not read.tensorboard
     taught = SMALLEST + '[recover]\ndata = ["a"]\ntokens = 5\ndistill = 0.5\nteacher_top_k = 64\n'
     assert recipe.parse_toml(taught).recover.teacher_top_k == 64
