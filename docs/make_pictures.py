@@ -31,6 +31,7 @@ from edgeprune.tui.screens.source import SourceScreen
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
 SIZE = (116, 36)
+WIDE = (150, 44)  # the dashboard shows all of its views at once
 PATIENCE = 3 * 3600.0
 FIRST = Choice(effort="quick", folder="runs/smollm2-30pct")
 SECOND = Choice(
@@ -56,8 +57,9 @@ def main() -> None:
 async def draw_all() -> None:
     app = EdgepruneApp()
     async with app.run_test(size=SIZE) as pilot:
-        await wizard(pilot)
-        await a_run(pilot, FIRST, lambda: "iteration 5 of" in text(app), "run-pruning")
+        if not runs.list_runs():
+            await wizard(pilot)
+        await a_run(pilot, FIRST, lambda: "after iteration 6" in text(app), "run-pruning")
         await a_run(pilot, SECOND, lambda: has_trained(app), "run-training")
         await home(pilot)
         await shot(pilot, "start")
@@ -99,12 +101,16 @@ async def a_run(
     """Do the run of ``choice`` if it is not done, and draw it at the ``moment``."""
     app = pilot.app
     folder = choice.run_folder().absolute()
-    if runs.describe(folder).state == "finished":
+    state = runs.describe(folder).state
+    if state == "finished":
         return
-    await app.answers.ask("start", recipe=choice.toml(), folder=str(folder))
+    if state not in runs.AT_WORK:
+        await app.answers.ask("start", recipe=choice.toml(), folder=str(folder))
+    await pilot.resize_terminal(*WIDE)
     app.open_run(folder)
     await until(pilot, lambda: isinstance(app.screen, RunScreen) and moment())
     await shot(pilot, picture)
+    await pilot.resize_terminal(*SIZE)
     await until(pilot, lambda: "Enter for the results" in text(app))
     await home(pilot)
 

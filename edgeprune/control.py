@@ -6,14 +6,13 @@ needs to have started the run.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
@@ -104,14 +103,7 @@ def outcome(folder: Path, end: End | None, code: int | None = None) -> dict[str,
     """Return the results of a run that ended so, or raise what ``failure`` returns."""
     if not isinstance(end, RunFinished):
         raise failure(folder, end, code)
-    try:
-        results = json.loads((folder / worker.RESULTS).read_text("utf-8"))
-    except (OSError, ValueError):
-        resume = worker.resume_command(folder)
-        raise EdgepruneError(
-            f"{folder / worker.RESULTS}: gone or damaged; make it again with: {resume}"
-        ) from None
-    return cast("dict[str, Any]", results)
+    return worker.read_results(folder)
 
 
 def failure(folder: Path, end: RunFailed | None, code: int | None = None) -> EdgepruneError:

@@ -253,17 +253,11 @@ def _results(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Return ``results.json`` of a finished run. BadInput if it is gone or damaged."""
-    path = folder / worker.RESULTS
-    try:
-        results = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(results[which], dict) for which in ("dense", "pruned")):
-            raise TypeError
-    except (OSError, ValueError, LookupError, TypeError):
-        raise BadInput(
-            f"{path}: gone or damaged; make it again with: {worker.resume_command(folder)}"
-        ) from None
-    return dict(results)
+    """Return the results of a finished run, both models in them. BadInput if they are gone or damaged."""
+    results = worker.read_results(folder)
+    if not all(isinstance(results.get(which), dict) for which in ("dense", "pruned")):
+        raise worker.damaged_results(folder)
+    return results
 
 
 def _figures(results: Mapping[str, Any], which: str) -> Figures | None:

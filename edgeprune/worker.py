@@ -379,6 +379,23 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
     return stages
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return ``results.json`` of a finished run. BadInput if it is gone or damaged."""
+    try:
+        results = json.loads((folder / RESULTS).read_text("utf-8"))
+    except (OSError, ValueError):
+        results = None
+    if not isinstance(results, dict):
+        raise damaged_results(folder)
+    return results
+
+
+def damaged_results(folder: Path) -> BadInput:
+    """Return the error for results that cannot be used."""
+    again = resume_command(folder)
+    return BadInput(f"{folder / RESULTS}: gone or damaged; make it again with: {again}")
+
+
 def write_state(folder: Path, stages: dict[str, dict[str, Any]]) -> None:
     """Keep the finished ``stages``; a crash leaves the state before or after, never between."""
     state = {"schema_version": STATE_VERSION, "stages": stages}

@@ -308,7 +308,7 @@ class Picture:
         self.iteration, self.iterations = int(event.iteration), int(event.of)
         self.pruning_loss.add(self.iteration, loss)
         text = f"iteration {event.iteration} of {event.of}: loss {loss:.2f}, "
-        self._say(event.time, f"{text}{format_count(left)} left in the decoder layers")
+        self._say(event.time, f"{text}{format_count(left)} left")
 
     def _note(self, event: Note) -> None:
         warning = event.level != "info"

@@ -32,7 +32,7 @@ class ExportScreen(ModalScreen[None]):
 
     app: EdgepruneApp
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "export", "Export", id="export.export"),
+        Binding("enter", "export", "Export", id="export.export", priority=True),
         Binding("escape", "dismiss", "Back", id="export.back", tooltip="An export goes on"),
     ]
 
@@ -71,7 +71,7 @@ class ExportScreen(ModalScreen[None]):
         self.query_one(".dialog-title", Label).update(title)
         output = self.query_one(Input)
         if output.value == self._suggested:
-            self._suggested = str(self._folder / f"export-pruned-{self._precision}")
+            self._suggested = str(from_here(self._folder) / f"export-pruned-{self._precision}")
             output.value = self._suggested
 
     @on(OptionList.OptionSelected)
@@ -127,3 +127,9 @@ class ExportScreen(ModalScreen[None]):
     def _say(self, text: str) -> None:
         if self.is_attached:
             self.query_one("#export-state", Static).update(text)
+
+
+def from_here(folder: Path) -> Path:
+    """Return ``folder`` as short as it can be typed here: a long path would not be seen to its end."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder

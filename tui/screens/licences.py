@@ -27,11 +27,12 @@ class LicencesScreen(ModalScreen[bool]):
 
     def compose(self) -> ComposeResult:
         """Make the list."""
-        text = "\n".join(f"{name}\n    {licence}" for name, licence in self._licences)
         with Vertical(classes="dialog"):
             yield Label("Data sets and their licences", classes="dialog-title")
             with Page():
-                yield Static(text, markup=False)
+                for name, licence in self._licences:
+                    yield Static(name, markup=False)
+                    yield Static(licence, classes="licence", markup=False)
             yield Static(
                 "They are downloaded from the Hub. Whether you may use them is for you to decide.",
                 classes="hint",

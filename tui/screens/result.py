@@ -36,7 +36,14 @@ class ResultScreen(Screen[None]):
         Binding("c", "compare", "Compare", id="result.compare", tooltip="With the other runs"),
         Binding("o", "report", "Report", id="result.report", tooltip="Open report.html"),
         Binding("e", "export", "Export", id="result.export", tooltip="In another precision"),
-        Binding("y", "copy", "Copy", id="result.copy", tooltip="Copy the table as Markdown"),
+        Binding(
+            "y",
+            "copy",
+            "Copy",
+            show=False,  # there is no room for it in 80 columns
+            id="result.copy",
+            tooltip="Copy the table as Markdown",
+        ),
         Binding("escape", "app.pop_screen", "Back", id="result.back"),
     ]
 
@@ -176,7 +183,7 @@ def _table(rows: list[Row]) -> Content:
     from edgeprune.tui import figures
 
     heading, *lines = figures.table(rows)
-    parts: list[Content | tuple[str, str]] = [(heading, "$text-muted")]
+    parts: list[Content | tuple[str, str]] = [(heading, "dim")]
     for row, line in zip(rows, lines, strict=True):
         word = figures.verdict(row)
         kept = line.removesuffix(word)

@@ -182,6 +182,7 @@ class RunScreen(Screen[None]):
         self._put("run-about", run_text.about(info, self._doing))
         self._put("run-stages", run_text.in_a_line(self.picture.stages, running))
         self._put("run-now", run_text.at_work(self.picture, now) if running else Content(""))
+        self.query_one("#run-now").display = running
         self._put("run-clocks", run_text.clocks(self.picture, now, running, self._memory))
         ending = run_text.end(info, self.picture, self._last_words)
         self._put("run-end-text", ending)

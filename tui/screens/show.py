@@ -44,6 +44,7 @@ class ShowScreen(ModalScreen[None]):
     def on_mount(self) -> None:
         """Begin with the recipe alone."""
         self.query_one("#path").display = False
+        self._say("")
         self.query_one(Page).focus()
 
     @property
@@ -89,7 +90,9 @@ class ShowScreen(ModalScreen[None]):
         self._say(f"Saved: {existing(name)}")
 
     def _say(self, text: str) -> None:
-        self.query_one("#saving", Static).update(text)
+        line = self.query_one("#saving", Static)
+        line.update(text)
+        line.display = bool(text)
 
 
 def save(name: str, text: str) -> str:

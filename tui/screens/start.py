@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 2.0
 """Between two looks at the runs."""
-COLUMNS = ("", "Run", "State", "Model", "Target", "File", "Decode", "Perplexity")
+COLUMNS = ("", "Run", "State", "Target", "File", "Decode", "Perplexity", "Model")
+"""The model is last: in 80 columns there is no room for it beside the rest."""
 NO_RUNS = """\
 [b]No runs yet.[/b]
 
@@ -43,13 +44,22 @@ class StartScreen(Screen[None]):
     AUTO_FOCUS = ""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "new", "New run", id="start.new", tooltip="Pick a model and a target"),
-        Binding("enter", "open", "Open", id="start.open", tooltip="Open the run, or begin one"),
+        # Before the table, so that it is in the footer.
+        Binding(
+            "enter",
+            "open",
+            "Open",
+            id="start.open",
+            tooltip="Open the run, or begin one",
+            priority=True,
+        ),
         Binding("space", "mark", "Mark", id="start.mark", tooltip="Mark the run to compare it"),
         Binding("c", "compare", "Compare", id="start.compare", tooltip="Compare the marked runs"),
         Binding(
             "delete,d",
             "forget",
             "Forget",
+            show=False,  # there is no room for it in 80 columns
             id="start.forget",
             tooltip="Off the list; its folder stays",
         ),
@@ -109,7 +119,7 @@ class StartScreen(Screen[None]):
 
     def _row(self, info: RunInfo) -> list[str]:
         mark = "●" if info.folder in self._marked else " "
-        return [mark, info.name, SIGNS[info.state], *_what(info), *_figures(info)]
+        return [mark, info.name, SIGNS[info.state], info.target, *_figures(info), _model(info)]
 
     # ---- the run under the cursor
 
@@ -182,8 +192,8 @@ class StartScreen(Screen[None]):
         self.look()
 
 
-def _what(info: RunInfo) -> tuple[str, str]:
-    return info.model.rstrip("/").rpartition("/")[2], info.target
+def _model(info: RunInfo) -> str:
+    return info.model.rstrip("/").rpartition("/")[2]
 
 
 def _figures(info: RunInfo) -> tuple[str, str, str]:

@@ -5,7 +5,7 @@ Imports plotext: screens import this module when they have something to plot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from textual_plotext import PlotextPlot
 
@@ -19,9 +19,9 @@ class Chart(PlotextPlot):
 def decode(samples: Mapping[str, Sequence[float]]) -> Chart:
     """Plot the decoded tokens/s of each repetition."""
     chart = Chart()
-    chart.plt.title("Decode, tokens/s of each repetition")
+    chart.plt.title(f"Decode, tokens/s of each repetition: {_legend(samples)}")
     for name, values in samples.items():
-        chart.plt.scatter(range(1, len(values) + 1), values, marker=name[0], label=name)
+        chart.plt.scatter(range(1, len(values) + 1), values, marker=name[0])
     longest = max(map(len, samples.values()))
     chart.plt.xticks(_spread(range(1, longest + 1)))
     chart.plt.xlim(0.5, longest + 0.5)
@@ -34,9 +34,9 @@ def latency(between: Mapping[str, Sequence[float]]) -> Chart:
     """Plot how the times between tokens are distributed."""
     middles, counts = figures.distribution(between)
     chart = Chart()
-    chart.plt.title("Time between tokens")
+    chart.plt.title(f"Time between tokens: {_legend(between)}")
     for name, numbers in counts.items():
-        chart.plt.plot(middles, numbers, marker=name[0], label=name)
+        chart.plt.plot(middles, numbers, marker=name[0])
     chart.plt.xlabel("ms (the slowest 1 % at the right end)")
     chart.plt.ylabel("tokens")
     return chart
@@ -59,6 +59,11 @@ def scatter(
     chart.plt.xlabel(xlabel)
     chart.plt.ylabel(ylabel)
     return chart
+
+
+def _legend(names: Iterable[str]) -> str:
+    """Return what the letters are, for the title: a legend in the plot would cover what is drawn."""
+    return ", ".join(f"{name[0]} {name}" for name in names)
 
 
 def _spread(numbers: range) -> list[float]:

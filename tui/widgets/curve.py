@@ -15,7 +15,6 @@ class Drawn:
     """Points to draw: joined, or each with a sign of its own. ``colour`` is one of the theme's variables."""
 
     points: list[Point]
-    label: str
     colour: str
     sign: str = ""
     """Empty: joined to a line."""
@@ -49,9 +48,9 @@ class Curve(PlotextPlot):
             colour = self._colour(each.colour)
             if each.sign or len(xs) == 1:
                 sign = each.sign or "+"
-                self.plt.scatter(xs, ys, marker=sign, label=each.label, color=colour)
+                self.plt.scatter(xs, ys, marker=sign, color=colour)
             else:
-                self.plt.plot(xs, ys, marker="braille", label=each.label, color=colour)
+                self.plt.plot(xs, ys, marker="braille", color=colour)
         self.refresh()
 
     def _colour(self, name: str) -> tuple[int, int, int] | int | str:

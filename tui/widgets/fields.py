@@ -123,9 +123,11 @@ class Dial(Static, can_focus=True):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("right,l", "move(1)", "+1 %", id="dial.more"),
-        Binding("left,h", "move(-1)", "-1 %", id="dial.less"),
+        Binding("left,h", "move(-1)", "-1 %", show=False, id="dial.less"),
         Binding("right_square_bracket,shift+right", "move(5)", "+5 %", id="dial.much_more"),
-        Binding("left_square_bracket,shift+left", "move(-5)", "-5 %", id="dial.much_less"),
+        Binding(
+            "left_square_bracket,shift+left", "move(-5)", "-5 %", show=False, id="dial.much_less"
+        ),
     ]
     value: reactive[float] = reactive(0.3)
     most: reactive[float] = reactive(0.99)

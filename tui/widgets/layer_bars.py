@@ -96,10 +96,8 @@ def legend(picture: Picture, heads: int, channels: int) -> Content:
         since = f"after iteration {picture.iteration} of {picture.iterations}: {left} left"
     elif picture.present is not None:
         since = "pruned"
-    importance = "; last: importance, least -1 to most +1" if picture.importance else ""
-    return Content.assemble(
-        (f"█ left ░ pruned: {of}\n", "$text-muted"), (f"{since}{importance}", "$text-muted")
-    )
+    importance = "; importance from -1 to +1" if picture.importance else ""
+    return Content.assemble((f"█ left ░ pruned: {of}\n", "dim"), (f"{since}{importance}", "dim"))
 
 
 def _cell(layer: Layer, scale: _Scale, width: int) -> Content:
@@ -113,7 +111,7 @@ def _cell(layer: Layer, scale: _Scale, width: int) -> Content:
     room = max(6, width - 3 - 1 - 1 - len(heads) - 1 - 1 - len(channels) - len(tail))
     attention = max(2, room // 4)
     parts: list[str | tuple[str, str]] = [
-        (f"{layer.index:>3} ", "$text-muted"),
+        (f"{layer.index:>3} ", "dim"),
         *_bar(layer.heads, layer.dense_heads, scale.heads, attention, "$secondary"),
         f" {heads} ",
         *_bar(layer.channels, layer.dense_channels, scale.channels, room - attention, "$primary"),
@@ -135,4 +133,4 @@ def _bar(
     if value < whole:
         left = max(0, min(left, cells - 1))
     gone = max(0, cells - left)
-    return (("█" * left, style), ("░" * gone, "$text-muted"), (" " * (width - left - gone), ""))
+    return (("█" * left, style), ("░" * gone, "dim"), (" " * (width - left - gone), ""))

@@ -22,7 +22,7 @@ FIGURE_LINES = 3
 SQUAT, TALL = 9, 12
 """The least lines of a curve where all are in sight, and its lines where one scrolls."""
 TITLES = {
-    "loss": "Training and held-out loss (nats/token) by update",
+    "loss": "Training and held-out loss (dots and x, nats/token) by update",
     "perplexity": "Held-out perplexity by update",
     "pruning": "Loss (nats/token) by pruning iteration",
 }
@@ -79,11 +79,11 @@ def _series(picture: Picture) -> dict[str, list[Drawn]]:
 
     all_of_them = {
         "loss": [
-            Drawn(picture.training_loss.points, "training", "primary"),
-            Drawn(picture.held_out_loss.points, "held-out", "warning", "x"),
+            Drawn(picture.training_loss.points, "primary"),
+            Drawn(picture.held_out_loss.points, "warning", "x"),
         ],
-        "perplexity": [Drawn(picture.perplexity.points, "perplexity", "warning", "x")],
-        "pruning": [Drawn(picture.pruning_loss.points, "pruning", "success", "o")],
+        "perplexity": [Drawn(picture.perplexity.points, "warning", "x")],
+        "pruning": [Drawn(picture.pruning_loss.points, "success", "o")],
     }
     return {
         name: [replace(d, points=thinned(d.points, MOST)) for d in drawn if d.points]

@@ -19,20 +19,20 @@ SIGNS: dict[State, str] = {
     "stopped": "■",
 }
 STYLES: dict[State, str] = {
-    "waiting": "$text-muted",
-    "at work": "$primary",
-    "done": "$success",
-    "failed": "$error",
-    "stopped": "$warning",
+    "waiting": "dim",
+    "at work": "$text-primary",
+    "done": "$text-success",
+    "failed": "$text-error",
+    "stopped": "$text-warning",
 }
 STATES = {
-    "running": ("▶ running", "$success"),
-    "paused": ("‖ paused", "$warning"),
-    "finished": ("✓ finished", "$success"),
-    "failed": ("✗ failed", "$error"),
-    "stopped": ("■ stopped", "$warning"),
-    "dead": ("✗ died", "$error"),
-    "missing": ("? missing", "$error"),
+    "running": ("▶ running", "$text-success"),
+    "paused": ("‖ paused", "$text-warning"),
+    "finished": ("✓ finished", "$text-success"),
+    "failed": ("✗ failed", "$text-error"),
+    "stopped": ("■ stopped", "$text-warning"),
+    "dead": ("✗ died", "$text-error"),
+    "missing": ("? missing", "$text-error"),
 }
 BAR = 16
 Part = tuple[str, str]
@@ -50,7 +50,7 @@ def about(info: RunInfo, doing: str) -> Content:
     """Return the line that says which run this is and how it stands; ``doing`` is what it was just told to do."""
     text, style = STATES[info.state]
     what = " · ".join(part for part in (info.name, info.model, info.target) if part)
-    told: list[Part] = [(f"  {doing}", "bold $warning")] if doing else []
+    told: list[Part] = [(f"  {doing}", "bold $text-warning")] if doing else []
     return Content.assemble((text, f"bold {style}"), *told, f"  {what}")
 
 
@@ -77,7 +77,7 @@ def at_work(picture: Picture, now: float) -> Content:
     parts: list[Part] = [(stage.title, "bold"), *_course(gauge, now)]
     if gauge is not None:
         parts.append((f"  {gauge.amount}", ""))
-        parts.append((f"  {gauge.note}", "$text-muted"))
+        parts.append((f"  {gauge.note}", "dim"))
     return Content.assemble(*parts)
 
 
@@ -87,7 +87,9 @@ def _course(gauge: Gauge | None, now: float) -> list[Part]:
     left = gauge.left(now)
     parts: list[Part] = []
     if gauge.share is not None:
-        parts.append((f"  {bar(gauge.share, BAR)} {math.floor(100 * gauge.share)}%", "$primary"))
+        parts.append(
+            (f"  {bar(gauge.share, BAR)} {math.floor(100 * gauge.share)}%", "$text-primary")
+        )
     return [*parts, ("" if left is None else f", {format_seconds(left)} left", "")]
 
 
@@ -151,12 +153,12 @@ def figures(picture: Picture) -> Content:
 def end(info: RunInfo, picture: Picture, last_words: str) -> Content:
     """Return how a run ended and what to do; nothing while it is at work."""
     if info.state == "finished":
-        problem = [(f"\n{info.error}", "$error")] if info.error else []
+        problem = [(f"\n{info.error}", "$text-error")] if info.error else []
         return Content.assemble(
-            ("Finished: press Enter for the results", "bold $success"), *problem
+            ("Finished: press Enter for the results", "bold $text-success"), *problem
         )
     if info.state == "missing":
-        return Content.assemble((info.error, "$error"), f"\nThen: {info.next}")
+        return Content.assemble((info.error, "$text-error"), f"\nThen: {info.next}")
     if info.state == "stopped":
         return Content(f"Stopped; what is finished is kept. Press r to go on, or type: {info.next}")
     return _failed(info, picture, last_words) if info.state in ("failed", "dead") else Content("")
@@ -168,6 +170,6 @@ def _failed(info: RunInfo, picture: Picture, last_words: str) -> Content:
     what = f"{at}: {info.error}" if at else info.error
     said = f"\nLast words: {last_words}" if last_words and last_words not in info.error else ""
     return Content.assemble(
-        (f"Failed: {what}", "$error"),
+        (f"Failed: {what}", "$text-error"),
         f"\nLikely cause: {why}\nWhat to do: {remedy}{said}\nPress r to go on, or type: {info.next}",
     )
