@@ -116,7 +116,7 @@ async def a_run(
 
 
 def has_trained(app: Any) -> bool:
-    return "tokens/s" in text(app) and "held out" in text(app).lower()
+    return "tokens/s" in text(app) and "Training and held-out" in text(app)
 
 
 async def chat(pilot: Pilot[Any]) -> None:

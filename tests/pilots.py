@@ -74,6 +74,11 @@ async def until(
             raise AssertionError(f"not within {patience:.0f} s: {what}\n{seen(pilot.app)}")
 
 
+def told(app: App[Any]) -> str:
+    """Return the app's notifications, which tests do not draw."""
+    return " ".join(each.message for each in app._notifications)
+
+
 def seen(app: App[Any]) -> str:
     """Return the screen as lines of text."""
     return "\n".join(strip.text.rstrip() for strip in app.screen._compositor.render_strips())

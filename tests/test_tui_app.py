@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pilots import FixedAnswers, piloted, seen, until
+from pilots import FixedAnswers, piloted, seen, told, until
 from textual.pilot import Pilot
 
 from edgeprune import recipe as recipes
@@ -87,7 +87,7 @@ def test_only_finished_runs_are_compared(tmp_path: Path) -> None:
         await until(pilot, lambda: "one" in seen(pilot.app))
         await pilot.press("c")
         assert isinstance(pilot.app.screen, StartScreen)
-        await until(pilot, lambda: "Mark two finished runs" in seen(pilot.app))
+        await until(pilot, lambda: "Mark two finished runs" in told(pilot.app))
 
     piloted(act)
 
@@ -142,7 +142,7 @@ def test_damaged_settings_are_told_and_ignored(text: str) -> None:
     assert str(settings.path()) in settings.load().problem
 
     async def act(pilot: Pilot[None]) -> None:
-        await until(pilot, lambda: "app.toml" in seen(pilot.app))
+        await until(pilot, lambda: "app.toml" in told(pilot.app))
 
     piloted(act, size=(200, 60))
 

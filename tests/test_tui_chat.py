@@ -12,7 +12,7 @@ from typing import Any
 import made_runs
 import psutil
 import pytest
-from pilots import FixedAnswers, piloted, seen, until
+from pilots import FixedAnswers, piloted, seen, told, until
 from test_chat import LONG, with_search
 from textual.pilot import Pilot
 from textual.widgets import Input
@@ -63,11 +63,6 @@ async def loaded(pilot: Pilot[Any], folder: Path) -> dict[str, ChatPane]:
     return panes
 
 
-def told(pilot: Pilot[Any]) -> str:
-    """Return the app's notifications, which tests do not draw."""
-    return " ".join(each.message for each in pilot.app._notifications)
-
-
 async def say(pilot: Pilot[Any], text: str) -> None:
     pilot.app.screen.query_one(Input).value = text
     await pilot.press("enter")
@@ -108,7 +103,7 @@ def test_escape_stops_the_answer_and_the_turn(folder: Path) -> None:
         await say(pilot, "Hello")
         await until(pilot, lambda: chat_screen._speaking is panes["dense"])
         await say(pilot, "and")
-        await until(pilot, lambda: "still speaking" in told(pilot))
+        await until(pilot, lambda: "still speaking" in told(pilot.app))
         await pilot.press("ctrl+l")
         assert pilot.app.screen.query_one(Input).value == "and"
         await pilot.press("escape")
@@ -156,7 +151,7 @@ def test_a_model_that_dies_in_silence_is_told(folder: Path) -> None:
         await until(pilot, lambda: all(pane.failed for pane in panes.values()))
         await until(pilot, lambda: seen(pilot.app).count("(signal 9)") == 2)
         await say(pilot, "Hello")
-        await until(pilot, lambda: "Neither model is there" in told(pilot))
+        await until(pilot, lambda: "Neither model is there" in told(pilot.app))
 
     piloted(act, size=(200, 60))
 
@@ -292,7 +287,7 @@ def test_an_export_goes_on_when_its_dialog_is_closed(tmp_path: Path) -> None:
         await pilot.press("escape")
         await until(pilot, lambda: not isinstance(pilot.app.screen, ExportScreen))
         answers.go_on.set()
-        await until(pilot, lambda: "✓ 205.0 MB of int8 in" in told(pilot))
+        await until(pilot, lambda: "✓ 205.0 MB of int8 in" in told(pilot.app))
 
     piloted(act, EdgepruneApp(answers))
 

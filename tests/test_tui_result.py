@@ -13,7 +13,7 @@ import made_runs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pilots import FixedAnswers, piloted, seen, until
+from pilots import FixedAnswers, piloted, seen, told, until
 from textual.pilot import Pilot
 
 from edgeprune import report, worker
@@ -35,11 +35,6 @@ async def opened(pilot: Pilot[Any], folder: Path) -> ResultScreen:
     await until(pilot, lambda: len(pilot.app.screen.query("#result-plots Chart")) == 2)
     assert isinstance(pilot.app.screen, ResultScreen)
     return pilot.app.screen
-
-
-def told(pilot: Pilot[Any]) -> str:
-    """Return the app's notifications, which tests do not draw."""
-    return " ".join(each.message for each in pilot.app._notifications)
 
 
 # ---- as text
@@ -154,7 +149,7 @@ def test_from_the_results_to_the_other_screens(tmp_path: Path) -> None:
     async def act(pilot: Pilot[Any]) -> None:
         await opened(pilot, folder)
         await pilot.press("c")
-        await until(pilot, lambda: "no other finished run" in told(pilot))
+        await until(pilot, lambda: "no other finished run" in told(pilot.app))
         made_runs.finished(tmp_path / "other")
         for key, screen in (("c", CompareScreen), ("e", ExportScreen), ("t", ChatScreen)):
             await pilot.press(key)
@@ -181,7 +176,7 @@ def test_the_table_is_copied_and_the_report_told_where_no_browser_is(
         await until(pilot, lambda: pilot.app.clipboard == str(folder / worker.REPORT))
         (folder / worker.REPORT).unlink()
         await pilot.press("o")
-        await until(pilot, lambda: "report.html is gone" in told(pilot))
+        await until(pilot, lambda: "report.html is gone" in told(pilot.app))
 
     piloted(act, size=(200, 60))
 

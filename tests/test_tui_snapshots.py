@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,9 +77,18 @@ FOUND = [
     dict(zip(("name", "state", "title", "text", "mend"), (check[1], *check), strict=True))
     for check in CHECKS
 ]
+SIZES = {worker.EXPORT_DENSE: 118e6, worker.EXPORT_PRUNED: 60e6}
 ANSWERS = {
-    "chat-dense": (36.1, 0.21, "It is an engine that turns the pressure of steam into motion."),
-    "chat-pruned": (45.2, 0.16, "A steam engine is a machine, and it makes steam for engines."),
+    worker.EXPORT_DENSE: (
+        36.1,
+        0.21,
+        "It is an engine that turns the pressure of steam into motion.",
+    ),
+    worker.EXPORT_PRUNED: (
+        45.2,
+        0.16,
+        "A steam engine is a machine, and it makes steam for engines.",
+    ),
 }
 
 
@@ -146,25 +154,30 @@ def a_run(folder: Path, *events: Event) -> Path:
         for second, event in enumerate(events):
             event.time = BEGAN + second
             emit(event)
-    runs.remember(folder)
     return folder
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with runs in runs/: two finished, one stopped, one failed, one at work. No test writes there."""
+    here = tmp_path_factory.mktemp("here")
+    a_run(here / "runs/stopped", *beginning(), RunFailed(error="stopped", exit_code=130))
+    a_run(here / "runs/failed", *beginning(), RunFailed(error=UNSTABLE, exit_code=3))
+    small = made_runs.finished(here / "runs/small", size=60e6, perplexity=90.0)
+    for name in SIZES:
+        (small / name).mkdir()
+    made_runs.finished(here / "runs/good", size=90e6, perplexity=40.0)
+    at_work = a_run(here / "runs/at-work", *beginning())
+    with lock.only_one(at_work, ignore, 0.0):
+        yield here
+
+
 @pytest.fixture(autouse=True)
-def _runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Four runs in runs/: two finished, one stopped, one failed; and one at work that is not in the list."""
-    monkeypatch.chdir(tmp_path)
-    with ExitStack() as stack:
-        folder = a_run(Path("runs/at-work"), *beginning())
-        stack.enter_context(lock.only_one(folder, ignore, 0.0))
-        runs.forget(folder)
-        a_run(Path("runs/stopped"), *beginning(), RunFailed(error="stopped", exit_code=130))
-        small = made_runs.finished(Path("runs/small"), size=60e6, perplexity=90.0)
-        for name in (worker.EXPORT_DENSE, worker.EXPORT_PRUNED):
-            (small / name).mkdir()
-        made_runs.finished(Path("runs/good"), size=90e6, perplexity=40.0)
-        a_run(Path("runs/failed"), *beginning(), RunFailed(error=UNSTABLE, exit_code=3))
-        yield
+def _here(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All paths are relative; the run at work is not in the list."""
+    monkeypatch.chdir(made)
+    for name in ("stopped", "small", "good", "failed"):
+        runs.remember(Path("runs", name))
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +191,7 @@ def _the_same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_screen, "time", clock)
     monkeypatch.setattr(run_screen, "CURVE_SECONDS", 0.0)
     monkeypatch.setattr(chat_pane, "Partner", Partner)
-    monkeypatch.setattr(chat_pane, "file_bytes", lambda folder: 118e6)
+    monkeypatch.setattr(chat_pane, "file_bytes", lambda folder: SIZES[folder.name])
     for step in (source, target, recipe):
         monkeypatch.setattr(step, "DEBOUNCE", 0.0)
 
@@ -189,7 +202,7 @@ class Partner:
     pid = None
 
     def __init__(self, folder: Path, *_: Any) -> None:
-        self._speed, self._first, self._text = ANSWERS[folder.name.replace("export", "chat")]
+        self._speed, self._first, self._text = ANSWERS[folder.name]
 
     async def start(self) -> dict[str, Any]:
         return {"ready": 1.2}
@@ -287,9 +300,10 @@ async def still(pilot: Pilot[Any]) -> None:
     looks: list[str] = []
 
     def nothing_new() -> bool:
+        if any(w.is_running and w.group != "follow" for w in pilot.app.workers):
+            return False
         looks.append(seen(pilot.app))
-        at_work = [w for w in pilot.app.workers if w.is_running and w.group != "follow"]
-        return not at_work and len(looks) >= STILL and len(set(looks[-STILL:])) == 1
+        return len(looks) >= STILL and len(set(looks[-STILL:])) == 1
 
     for each in pilot.app.screen.query(Input):
         each.cursor_blink = False

@@ -8,7 +8,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen, Screen
-from textual.widgets import Footer, Label
+from textual.widgets import Footer, Label, Static
 
 from edgeprune.tui import settings
 from edgeprune.tui.lists import Table
@@ -33,7 +33,7 @@ class KeysScreen(ModalScreen[None]):
         with Vertical(classes="dialog"):
             yield Label("Keys", classes="dialog-title")
             yield Table(cursor_type="row", zebra_stripes=True)
-            yield Label(
+            yield Static(
                 f'Change a key under \\[keys] in {settings.path()}: "id" = "key"', classes="hint"
             )
         yield Footer()

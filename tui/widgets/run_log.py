@@ -43,7 +43,8 @@ class RunLog(RichLog):
         self._shown = picture.told
         at_end = self.is_vertical_scroll_end
         for line in list(picture.lines)[-new:]:
-            self.write(self._text(line), scroll_end=at_end)
+            # expand: else no wider than Rich takes the terminal to be, which may be 80 columns.
+            self.write(self._text(line), expand=True, scroll_end=at_end)
 
     def on_resize(self, event: events.Resize) -> None:
         """Wrap anew: what is written keeps its width."""
