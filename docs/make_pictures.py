@@ -57,11 +57,9 @@ def main() -> None:
 async def draw_all() -> None:
     app = EdgepruneApp()
     async with app.run_test(size=SIZE) as pilot:
-        if not runs.list_runs():
-            await wizard(pilot)
         await a_run(pilot, FIRST, lambda: "after iteration 6" in text(app), "run-pruning")
         await a_run(pilot, SECOND, lambda: has_trained(app), "run-training")
-        await home(pilot)
+        await wizard(pilot)
         await shot(pilot, "start")
         app.open_run(FIRST.run_folder())
         await until(pilot, lambda: isinstance(app.screen, ResultScreen) and "Decode" in text(app))

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from edgeprune import console
 from edgeprune.errors import EdgepruneError, one_line
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -21,6 +20,10 @@ TRACEBACK = "EDGEPRUNE_TRACEBACK"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: the process's own) and return its exit code."""
+    if not (sys.argv[1:] if arguments is None else arguments) and has_a_terminal():
+        return _app()
+    from edgeprune import console
+
     console.prepare()
     try:
         return _run(arguments)
@@ -39,12 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
-    if not (sys.argv[1:] if arguments is None else arguments) and has_a_terminal():
-        from edgeprune.tui import app as screen  # at once, without the command line's imports
+def _app() -> int:
+    """Show the app at once, without the command line's imports."""
+    from edgeprune.tui import app
 
-        screen.main()
-        return DONE
+    app.main()
+    return DONE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     import typer
 
     from edgeprune.cli import app

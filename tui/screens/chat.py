@@ -11,9 +11,10 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.screen import Screen
-from textual.widgets import Footer, Header, Input, Static
+from textual.widgets import Header, Input, Static
 
 from edgeprune.tui.widgets.chat_pane import ChatPane
+from edgeprune.tui.widgets.footer import KeyFooter
 
 if TYPE_CHECKING:
     from edgeprune.tui.app import EdgepruneApp
@@ -68,7 +69,7 @@ class ChatScreen(Screen[None]):
             for model, name in (("dense", worker.EXPORT_DENSE), ("pruned", worker.EXPORT_PRUNED)):
                 yield ChatPane(model, self._folder / name, log_file(), self._again_key)
         yield Input(placeholder="Say something to both, then press Enter", id="chat-input")
-        yield Footer()
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to load."""

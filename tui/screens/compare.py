@@ -14,9 +14,10 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.screen import Screen
-from textual.widgets import Footer, Header, Input, Static
+from textual.widgets import Header, Input, Static
 
 from edgeprune.tui.lists import Page
+from edgeprune.tui.widgets.footer import KeyFooter
 
 if TYPE_CHECKING:
     from edgeprune.comparison import Comparison
@@ -54,7 +55,7 @@ class CompareScreen(Screen[None]):
             yield Static(id="compare-legend", markup=False)
         yield Static(id="compare-written", markup=False)
         yield Input(PAGE, id="compare-path", placeholder="file to write the page to")
-        yield Footer()
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to read."""

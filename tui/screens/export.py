@@ -10,10 +10,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Input, Label, OptionList, ProgressBar, Static
+from textual.widgets import Input, Label, OptionList, ProgressBar, Static
 from textual.widgets.option_list import Option
 
 from edgeprune.tui.lists import Options
+from edgeprune.tui.widgets.footer import KeyFooter
 
 if TYPE_CHECKING:
     from edgeprune.tui.app import EdgepruneApp
@@ -52,7 +53,7 @@ class ExportScreen(ModalScreen[None]):
             yield Input(id="export-output")
             yield ProgressBar(id="export-progress", show_eta=False)
             yield Static(HINT, id="export-state", markup=False)
-        yield Footer()
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin with int8: int4 is what most runs have."""

@@ -8,10 +8,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen, Screen
-from textual.widgets import Footer, Label, Static
+from textual.widgets import Label, Static
 
 from edgeprune.tui import settings
 from edgeprune.tui.lists import Table
+from edgeprune.tui.widgets.footer import KeyFooter
 
 if TYPE_CHECKING:
     from textual.screen import ActiveBinding
@@ -36,7 +37,7 @@ class KeysScreen(ModalScreen[None]):
             yield Static(
                 f'Change a key under \\[keys] in {settings.path()}: "id" = "key"', classes="hint"
             )
-        yield Footer()
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Fill the table: a line for each key that does something here."""

@@ -8,9 +8,10 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Label, Static
+from textual.widgets import Label, Static
 
 from edgeprune.tui.lists import Page
+from edgeprune.tui.widgets.footer import KeyFooter
 
 
 class LicencesScreen(ModalScreen[bool]):
@@ -37,7 +38,7 @@ class LicencesScreen(ModalScreen[bool]):
                 "They are downloaded from the Hub. Whether you may use them is for you to decide.",
                 classes="hint",
             )
-        yield Footer()
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Let the list scroll."""

@@ -8,9 +8,10 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Label, Static
+from textual.widgets import Label, Static
 
 from edgeprune.tui.lists import Page
+from edgeprune.tui.widgets.footer import KeyFooter
 
 
 class MessageScreen(ModalScreen[None]):
@@ -32,7 +33,7 @@ class MessageScreen(ModalScreen[None]):
             yield Label(self._title, classes="dialog-title", markup=False)
             with Page():
                 yield Static(self.text, markup=False)
-        yield Footer()
+        yield KeyFooter()
 
     def action_copy(self) -> None:
         """Copy the text, over SSH as well (OSC 52)."""

@@ -14,9 +14,10 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.content import Content
 from textual.screen import Screen
-from textual.widgets import Footer, Header, Static
+from textual.widgets import Header, Static
 
 from edgeprune.tui.lists import Page
+from edgeprune.tui.widgets.footer import KeyFooter
 
 if TYPE_CHECKING:
     from edgeprune.report import Row
@@ -61,7 +62,7 @@ class ResultScreen(Screen[None]):
                 yield Static(id="result-table", markup=False)
             yield Static(id="result-conditions", markup=False)
             yield Container(id="result-plots")
-        yield Footer()
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to read."""

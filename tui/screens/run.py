@@ -15,7 +15,7 @@ from textual.containers import Container
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import Footer, Header
+from textual.widgets import Header
 
 from edgeprune import control, worker
 from edgeprune.errors import EdgepruneError
@@ -26,6 +26,7 @@ from edgeprune.tui.picture import Picture, kept
 from edgeprune.tui.screens.stop import StopScreen
 from edgeprune.tui.watching import News, Watcher
 from edgeprune.tui.widgets import run_text
+from edgeprune.tui.widgets.footer import KeyFooter
 from edgeprune.tui.widgets.layer_bars import LayerBars
 from edgeprune.tui.widgets.run_curves import RunCurves
 from edgeprune.tui.widgets.run_log import RunLog
@@ -122,7 +123,7 @@ class RunScreen(Screen[None]):
             yield RunCurves(id="curves", classes="view")
             yield LayerBars(id="layers", classes="view")
             yield RunLog(id="log", classes="view")
-        yield Footer()
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to follow."""

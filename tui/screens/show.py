@@ -9,11 +9,12 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Input, Label, Static
+from textual.widgets import Input, Label, Static
 
 from edgeprune.errors import one_line
 from edgeprune.tui.choice import IMPOSSIBLE, Choice, existing
 from edgeprune.tui.lists import Page
+from edgeprune.tui.widgets.footer import KeyFooter
 
 
 class ShowScreen(ModalScreen[None]):
@@ -39,7 +40,7 @@ class ShowScreen(ModalScreen[None]):
                 yield Static(self.text, id="document", markup=False)
             yield Input(f"{self._folder.name}.toml", id="path", compact=True)
             yield Static(id="saving", classes="hint", markup=False)
-        yield Footer()
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin with the recipe alone."""

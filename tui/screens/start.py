@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import on, work
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Header, Static
-
-from edgeprune.tui.lists import Table
+from textual.widgets import Header, Static
 
 if TYPE_CHECKING:
     from edgeprune.runs import RunInfo
     from edgeprune.tui.app import EdgepruneApp
+    from edgeprune.tui.lists import Table
+
+# The list, with all that tables need, is imported behind the first picture.
 
 LOOK_SECONDS = 2.0
 """Between two looks at the runs."""
@@ -70,26 +71,33 @@ class StartScreen(Screen[None]):
         self._runs: list[RunInfo] | None = None
         """None before the first look."""
         self._marked: set[Path] = set()
+        self._table: Table | None = None
 
     def compose(self) -> ComposeResult:
-        """Make an empty list: the runs are read after the first picture."""
+        """Make the title alone: the first picture waits for nothing else."""
         yield Header()
-        yield Static(NO_RUNS, id="no-runs")
-        yield Table(id="runs", cursor_type="row", zebra_stripes=True)
-        yield Static(id="about-run", markup=False)
-        yield Footer()
 
     def on_mount(self) -> None:
-        """Prepare the table and begin to look."""
-        self.query_one(Table).add_columns(*COLUMNS)
-        self.query_one(Table).display = False
-        self.query_one("#no-runs").display = False
-        self.call_after_refresh(self.look)
+        """Fill the screen behind the first picture."""
+        self.call_after_refresh(self._fill)
+
+    async def _fill(self) -> None:
+        from edgeprune.tui.lists import Table
+        from edgeprune.tui.widgets.footer import KeyFooter
+
+        table = Table(id="runs", cursor_type="row", zebra_stripes=True)
+        table.add_columns(*COLUMNS)
+        empty = Static(NO_RUNS, id="no-runs")
+        table.display = empty.display = False
+        await self.mount(empty, table, Static(id="about-run", markup=False), KeyFooter())
+        self._table = table
+        self.refresh_bindings()  # for the footer
+        self.look()
         self.set_interval(LOOK_SECONDS, self.look)
 
     def on_screen_resume(self) -> None:
         """Look at once when a run was left."""
-        if self.query_one(Table).columns:
+        if self._table is not None:
             self.look()
 
     @work(thread=True, exclusive=True, group="look")
@@ -104,7 +112,8 @@ class StartScreen(Screen[None]):
     def _show(self, found: list[RunInfo]) -> None:
         self._runs = found
         self.query_one("#no-runs").display = not found
-        table = self.query_one(Table)
+        table = self._table
+        assert table is not None  # a look comes after it
         table.display = bool(found)
         cursor = table.cursor_row
         table.clear()
@@ -126,16 +135,22 @@ class StartScreen(Screen[None]):
     @property
     def run_here(self) -> RunInfo | None:
         """The run under the cursor."""
-        row = self.query_one(Table).cursor_row
+        row = -1 if self._table is None else self._table.cursor_row
         return self._runs[row] if self._runs and 0 <= row < len(self._runs) else None
 
-    @on(DataTable.RowHighlighted)
+    def on_data_table_row_highlighted(self) -> None:
+        """Tell of the run that the cursor came to."""
+        self._tell()
+
+    def on_data_table_row_selected(self) -> None:
+        """Open the run that was clicked on."""
+        self.action_open()
+
     def _tell(self) -> None:
         info = self.run_here
         text = "" if info is None else about(info)
         self.query_one("#about-run", Static).update(text)
 
-    @on(DataTable.RowSelected)
     def action_open(self) -> None:
         """Open the run under the cursor; without any, begin one."""
         info = self.run_here

@@ -8,9 +8,10 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
-from textual.widgets import Footer, Label, Static
+from textual.widgets import Label, Static
 
 from edgeprune.tui.lists import Page
+from edgeprune.tui.widgets.footer import KeyFooter
 
 
 class StopScreen(ModalScreen[bool]):
@@ -32,7 +33,7 @@ class StopScreen(ModalScreen[bool]):
             with Page():
                 yield Static(self._what, markup=False)
             yield Label("Enter stops it, Escape lets it run.", classes="hint")
-        yield Footer()
+        yield KeyFooter()
 
     def action_answer(self, stop: bool) -> None:
         """Close, and tell the answer."""

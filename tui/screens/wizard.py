@@ -9,8 +9,9 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.screen import Screen
-from textual.widgets import Footer, Header, Static
+from textual.widgets import Header, Static
 
+from edgeprune.tui.widgets.footer import KeyFooter
 from edgeprune.tui.widgets.steps import Steps
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class WizardScreen(Screen[None]):
         with Container(id="step"):
             yield from self.body()
         yield self._line
-        yield Footer()
+        yield KeyFooter()
 
     def body(self) -> ComposeResult:
         """Make what is this step's own."""
