@@ -67,7 +67,7 @@ async def draw_all() -> None:
         await chat(pilot)
         await home(pilot)
         await pilot.press("c")
-        await until(pilot, lambda: "Pareto" in text(app))
+        await until(pilot, lambda: "the front" in text(app))
         await shot(pilot, "compare")
 
 

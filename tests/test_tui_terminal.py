@@ -43,8 +43,7 @@ class Terminal:
         self._run("resize-window", "-x", str(width), "-y", str(height))
 
     def screen(self) -> str:
-        """Return the lines on the screen, each behind a line break."""
-        return "\n" + self._run("capture-pane", "-p")
+        return self._run("capture-pane", "-p")
 
     def until(self, wanted: str | tuple[str, ...], patience: float = 120.0) -> str:
         """Wait until one of the ``wanted`` texts is on the screen, and return the screen."""
@@ -76,7 +75,7 @@ def test_from_start_to_result_with_the_app_left_in_the_middle(
 ) -> None:
     tiny.save("qwen2", tmp_path / "little", num_hidden_layers=2)
     terminal.open(tmp_path)
-    terminal.command(f"{COMMAND}; echo left it")
+    terminal.command(f"{COMMAND}; echo left $((1)) time")
     terminal.until("No runs yet")
     terminal.type("n")
     terminal.until("1 Source]")
@@ -91,12 +90,12 @@ def test_from_start_to_result_with_the_app_left_in_the_middle(
     terminal.resize(120, 40)
     terminal.until("Prune")
     terminal.type("q")
-    terminal.until("\nleft it")
+    terminal.until("left 1 time")
     (info,) = runs.list_runs()
     assert info.state == "running"
 
     terminal.resize(80, 24)
-    terminal.command(f"clear; {COMMAND}; echo left it again")
+    terminal.command(f"clear; {COMMAND}; echo left $((2)) times")
     terminal.until("little-30pct")
     terminal.type("Enter")
     screen = terminal.until(("Enter for the results", "Perplexity per"), 600)
@@ -104,7 +103,7 @@ def test_from_start_to_result_with_the_app_left_in_the_middle(
         terminal.type("Enter")
     terminal.until("Perplexity per")
     terminal.type("q")
-    terminal.until("\nleft it again")
+    terminal.until("left 2 times")
     (info,) = runs.list_runs()
     assert info.state == "finished"
 
@@ -113,9 +112,9 @@ def test_nothing_but_the_app_writes_into_the_terminal_and_it_is_left_clean(
     terminal: Terminal, tmp_path: Path
 ) -> None:
     terminal.open(tmp_path)
-    terminal.command(f"NO_COLOR=1 {COMMAND}; echo came back")
+    terminal.command(f"NO_COLOR=1 {COMMAND}; echo came $((1)) back")
     terminal.until("No runs yet")
     terminal.type("q")
-    screen = terminal.until("\ncame back")
+    screen = terminal.until("came 1 back")
     assert "No runs yet" not in screen
     assert "Traceback" not in screen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -32,6 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with subprocess.Popen(
         [sys.executable, "-m", "edgeprune", "--web", "--port", str(port)],
         cwd=tmp_path_factory.mktemp("served"),
+        env=os.environ | {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("no-runs"))},
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
