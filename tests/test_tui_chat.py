@@ -209,7 +209,7 @@ def test_how_fast_an_answer_came() -> None:
 def test_leaving_while_it_loads_and_a_process_that_does_not_end(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeprune.tui.partner.GRACE", 0.05)
+    monkeypatch.setattr("edgeprune.tui.answers.GRACE", 0.05)
 
     async def run() -> None:
         partner = Partner(folder / worker.EXPORT_DENSE, tmp_path / "log", lambda _: None)

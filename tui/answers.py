@@ -79,14 +79,7 @@ class Answers:
         process, self._process = self._process, None
         if process is None:
             return
-        if process.stdin is not None:
-            process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), GRACE)
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await end(process)
         if self._reader is not None:
             await self._reader
 
@@ -137,3 +130,15 @@ class Answers:
                 )
             else:
                 future.set_result(message.get("answer"))
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Close the input of ``process``, which ends it; if it does not within ``GRACE``, kill it."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), GRACE)
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

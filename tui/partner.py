@@ -13,9 +13,8 @@ from typing import Any
 
 from edgeprune.errors import EdgepruneError
 from edgeprune.profiles import chat, runner
+from edgeprune.tui.answers import end
 
-GRACE = 2.0
-"""Seconds that the process has to end by itself when its input has ended."""
 Message = dict[str, str]
 
 
@@ -87,14 +86,7 @@ class Partner:
         process, self._process = self._process, None
         if process is None:
             return
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), GRACE)
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await end(process)
         if self._reader is not None:
             await self._reader
 
