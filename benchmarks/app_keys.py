@@ -2,7 +2,7 @@
 
     python benchmarks/app_keys.py [--keys 40]
 
-Every core computes matrix products, as pruning does, and a run reports an event ten times a second, of which the app
+Every core computes matrix products, as pruning does, and a run reports two events ten times a second, of which the app
 shows the dashboard. The key switches between the dashboard's views, 80 columns wide.
 """
 
