@@ -1,4 +1,4 @@
-"""The folders in which edgeprune keeps what belongs to this user, by the XDG specification."""
+"""Where things are: the folders in which edgeprune keeps what belongs to this user (XDG), and names without them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def state_folder() -> Path:
 def config_folder() -> Path:
     """Return where this user's choices are."""
     return _of("XDG_CONFIG_HOME", "~/.config")
+
+
+def own_name(spec: str) -> str:
+    """Return a file's or folder's own name, anything else as it is: for what is passed on to others."""
+    return Path(spec).name if Path(spec).is_absolute() else spec
 
 
 def _of(variable: str, default: str) -> Path:

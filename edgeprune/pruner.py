@@ -20,6 +20,7 @@ from edgeprune import checkpoint, machine, pruned, sources, state_file
 from edgeprune.events import Emit, Note, ignore
 from edgeprune.footprint import fit
 from edgeprune.iterations import PruneRun
+from edgeprune.locations import own_name
 from edgeprune.options import Effort, Options
 from edgeprune.scratch import Scratch
 from edgeprune.target import Target
@@ -108,7 +109,7 @@ def prune(
                 "method": chosen.method,
                 "options": chosen.to_json(),
                 "target": run.target.to_json(),
-                "calibration": {"text": calibration, "sha256": corpus.hash},
+                "calibration": {"text": own_name(calibration), "sha256": corpus.hash},
                 "loss": run.losses,
                 "seconds": round(time.monotonic() - started, 1),
                 "compute_dtype": str(machine.compute_dtype()).removeprefix("torch."),

@@ -21,6 +21,7 @@ from edgeprune import checkpoint, machine, pruner, sources, state_file
 from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Evaluation, Event, Note, PruneIteration, ignore
 from edgeprune.groups import Kept, cut, describe_layers
+from edgeprune.locations import own_name
 from edgeprune.options import Effort, Options
 from edgeprune.recovery import checkpoints, memory, teacher_cache
 from edgeprune.recovery.mixture import parse_sources
@@ -489,7 +490,7 @@ def _described(
     training: Training, data: Sequence[str], measured: _Evaluations, started: float
 ) -> dict[str, Any]:
     return {
-        "data": list(data),
+        "data": [own_name(each) for each in data],
         "training": asdict(training),
         "held_out_loss": [{"step": step, "loss": loss} for step, loss in measured.found],
         "seconds": round(time.monotonic() - started, 1),
