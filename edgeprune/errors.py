@@ -24,6 +24,10 @@ class Interrupted(EdgepruneError):
     exit_code = 130
 
 
+class Left(KeyboardInterrupt):
+    """The worker was interrupted, and its work goes on on another machine: the run has not ended."""
+
+
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Return the message of somebody else's exception as one line, cut to ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__

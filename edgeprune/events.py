@@ -14,14 +14,21 @@ from typing import Any, ClassVar
 
 @dataclass(kw_only=True)
 class Event:
-    """Base of all events. ``time`` is seconds since the epoch."""
+    """Base of all events. ``time`` is seconds since the epoch.
+
+    Of an event that another machine's log told, ``far_offset`` is the byte after it in that log; else 0.
+    """
 
     kind: ClassVar[str] = "event"
     time: float = field(default_factory=time.time)
+    far_offset: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the event as plain JSON values, ``kind`` included."""
-        return {"kind": self.kind, **asdict(self)}
+        data = {"kind": self.kind, **asdict(self)}
+        if not self.far_offset:
+            del data["far_offset"]
+        return data
 
 
 @dataclass(kw_only=True)

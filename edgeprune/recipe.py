@@ -162,16 +162,28 @@ class ExportSection(_Section):
 
 
 class ProfileSection(_Section):
-    """How the exports are timed on this machine."""
+    """How the exports are timed, and where."""
 
+    devices: list[Text] = ["local"]
+    """"local" for the machine at which the run was started, or saved hosts, as in ["local", "pi5"]; the first one's
+    figures stand for the run. None: nothing is timed."""
     prompt: Positive = 128
     """Tokens in the prompt."""
     generate: Annotated[int, Field(ge=2)] = 128
     """Tokens to generate."""
     repeats: Positive = 5
     """Measured repetitions, after a warm-up."""
-    threads: Positive | None = None
-    """Threads of the runtime; absent: one a physical core."""
+    threads: Positive | Literal["sweep"] | None = None
+    """Threads of the runtime; "sweep": the number that decodes fastest; absent: one a physical core."""
+    sustained: Annotated[float, Field(ge=0)] = 0.0
+    """Minutes for which the pruned model generates on end afterwards, to see what heat does to its speed."""
+
+
+class WhereSection(_Section):
+    """The machine that prunes and trains; absent: this one."""
+
+    on: Text
+    """A saved host (see `edgeprune hosts list`) or ssh://user@host."""
 
 
 class EvaluateSection(_Section):
@@ -194,6 +206,7 @@ class Recipe(_Section):
     export: ExportSection = ExportSection()
     profile: ProfileSection = ProfileSection()
     evaluate: EvaluateSection = EvaluateSection()
+    where: WhereSection | None = None
 
     def to_toml(self) -> str:
         """Return the recipe with every default written out; ``parse`` reads it back."""
