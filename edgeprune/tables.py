@@ -5,7 +5,8 @@ Each takes the dictionary that ``--json`` prints and returns what rich can draw 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from edgeprune.comparison import LABELS, Comparison, cells
 from edgeprune.quantities import format_bytes, format_count, format_seconds
+from edgeprune.remote.hosts import Host
 from edgeprune.runs import RunInfo
 from edgeprune.worker import shown
 
@@ -27,6 +29,7 @@ RUN_WIDTH, COMPARED_WIDTH = 31, 16
 STATE_COLOURS = {
     "running": "cyan",
     "paused": "yellow",
+    "away": "cyan",
     "finished": "green",
     "failed": "red",
     "dead": "red",
@@ -155,21 +158,29 @@ def exported(found: dict[str, Any]) -> RenderableType:
     )
 
 
-def profile(rows: Sequence[Sequence[str]]) -> RenderableType:
-    """Draw the rows of ``profiles.profile.table``; the first is the header."""
-    head, *body = rows
-    table = _table(*head, left=(0,))
-    for row in body:
-        table.add_row(*row)
-    return table
+def profile(
+    parts: Iterable[tuple[str, Sequence[Sequence[str]], Sequence[tuple[str, bool]]]],
+) -> RenderableType:
+    """Draw of each device ``profile.heading``, ``profile.table`` (the first row is its head) and ``remarks``."""
+    drawn: list[RenderableType] = []
+    for heading, (head, *body), remarks in parts:
+        table = _table(*head, left=(0,))
+        for row in body:
+            table.add_row(*row)
+        lines = [Text(line, "yellow" if is_warning else "dim") for line, is_warning in remarks]
+        drawn += [Text(heading, "bold")] if heading else []
+        drawn += [table, *lines]
+    return Group(*drawn)
 
 
 def results(rows: Iterable[Any], summary: str) -> RenderableType:
     """Draw the rows of ``report.results_table``, and what they come to."""
     table = _table("", "dense", "pruned", "change", left=(0,))
+    table.columns[0].no_wrap = False  # devices may have long names
     colours = {True: "green", False: "red", None: ""}
     for row in rows:
-        table.add_row(row.label, row.dense, row.pruned, Text(row.change, colours[row.better]))
+        change = Text(row.change, colours[row.better])
+        table.add_row(Text(row.label), row.dense, row.pruned, change)
     return Group(table, Text(summary))
 
 
@@ -186,6 +197,16 @@ def runs(infos: Iterable[RunInfo]) -> RenderableType:
         if what:
             run.append(f"\n{_end(what, RUN_WIDTH)}", "dim")
         table.add_row(run, state, _standing(info), took)
+    return table
+
+
+def far_runs(found: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """Draw ``remote.box.listing``: the runs that are on a host."""
+    table = _table("Run", "state", "model", "changed", "size", left=(0, 1, 2, 3))
+    for each in found:
+        changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(each["changed"]))
+        model = _end(each["model"], RUN_WIDTH)
+        table.add_row(each["run"], each["state"], model, changed, format_bytes(each["bytes"]))
     return table
 
 
@@ -222,13 +243,8 @@ def comparison(found: Comparison) -> RenderableType:
 
 def machine(found: dict[str, Any]) -> RenderableType:
     """Draw ``doctor.examine``."""
-    parts: list[RenderableType] = [_facts(_machine(found)), _libraries(found["libraries"])]
-    if not found["problems"]:
-        return Group(*parts, Text("Nothing is missing.", "green"))
-    for problem in found["problems"]:
-        mark = ("error: ", "bold red") if problem["required"] else ("note: ", "yellow")
-        parts.append(Text.assemble(mark, problem["what"], "\n      ", (problem["mend"], "bold")))
-    return Group(*parts)
+    facts, libraries = _facts(_machine(found)), _libraries(found["libraries"])
+    return Group(facts, libraries, *_problems(found["problems"]))
 
 
 def _machine(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -275,6 +291,67 @@ def _libraries(libraries: dict[str, dict[str, str | None]]) -> Table:
             version["required"],
         )
     return table
+
+
+def hosts(saved: Iterable[Host]) -> RenderableType:
+    """Draw ``remote.hosts.list_hosts``."""
+    table = _table("Host", "address", "kind", "Python there", left=(0, 1, 2, 3))
+    for each in saved:
+        table.add_row(each.name, each.url, each.kind, each.python)
+    return table
+
+
+def host(found: dict[str, Any]) -> RenderableType:
+    """Draw ``remote.check.examine``."""
+    lines = [*_there(found), *_sensed(found)] if found["host"]["kind"] == "board" else _there(found)
+    return Group(_facts(lines), *_problems(found["problems"]))
+
+
+def _there(found: dict[str, Any]) -> list[tuple[str, str]]:
+    system, device, storage = found["system"], found["device"], found["storage"]
+    libc = f", glibc {system['libc']}" if system["libc"] else ""
+    processor = system["board"] or device["cpu"]
+    total, free = device["memory_bytes"], device["memory_available_bytes"]
+    memory = f"{format_bytes(total)}, {format_bytes(free)} available" if total else "not known"
+    python = found["python"]["version"]
+    return [
+        ("Host", f"{found['host']['url']}, a {found['host']['kind']}"),
+        ("System", f"{system['os']}, {system['architecture']}{libc}, Python {python}"),
+        ("Processor", f"{processor}, {device['physical_cores']} cores"),
+        ("  features", ", ".join(system["features"]) or "none that matter here"),
+        ("Memory", memory),
+        ("Disk", f"{format_bytes(storage['free_bytes'])} free for {storage['folder']}"),
+        ("GPU", _cards(found["graphics"])),
+    ]
+
+
+def _cards(graphics: dict[str, Any]) -> str:
+    names = [
+        card["name"] + (f" {format_bytes(card['memory_bytes'])}" if card["memory_bytes"] else "")
+        for card in graphics["cards"]
+    ]
+    versions = {"driver": graphics["driver"], "CUDA": graphics["cuda"], "": graphics["jetson"]}
+    said = [f"{name} {version}".strip() for name, version in versions.items() if version]
+    return ", ".join([*names, *said]) or "none"
+
+
+def _sensed(found: dict[str, Any]) -> list[tuple[str, str]]:
+    device, load, heat = found["device"], found["system"]["load"], found["temperature"]
+    return [
+        ("Clock governor", ", ".join(device["governors"] or ["not told"])),
+        ("Temperature", "not told" if heat is None else f"{heat:.0f} °C"),
+        ("Throttling", "not told" if found["throttling"] is None else "told"),
+        ("Power", device["energy_sensor"] or "no sensor that can be read"),
+        ("Load", "not told" if load is None else f"{load:.1f}"),
+    ]
+
+
+def _problems(problems: Iterable[dict[str, Any]]) -> list[Text]:
+    marks = {True: ("error: ", "bold red"), False: ("note: ", "yellow")}
+    return [
+        Text.assemble(marks[each["required"]], each["what"], "\n      ", (each["mend"], "bold"))
+        for each in problems
+    ] or [Text("Nothing is missing.", "green")]
 
 
 def _facts(pairs: Iterable[tuple[str, str]]) -> Table:
