@@ -20,7 +20,7 @@ from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.events import Progress
 from edgeprune.profiles import profile as module
 from edgeprune.profiles import runner
-from edgeprune.profiles.profile import profile, table
+from edgeprune.profiles.profile import profile, remarks, table
 
 SHORT = {"prompt": 8, "generate": 6, "repeats": 3, "threads": 1}
 
@@ -73,7 +73,7 @@ def test_every_repetition_is_kept_and_counted(measured):
         for repetition in run["repetitions"]:
             assert repetition["tokens"] == 6
             assert len(repetition["inter_token_seconds"]) == 5
-        assert set(run["summary"]) == {*runner.PROCESS_METRICS, *runner.REPETITION_METRICS}
+        assert set(run["summary"]) >= {*runner.PROCESS_METRICS, *runner.REPETITION_METRICS}
         for metric in runner.REPETITION_METRICS:
             found = run["summary"][metric]
             assert found["n"] == 3
@@ -158,12 +158,118 @@ def test_disturbed_repetitions_are_said(measured):
     result = json.loads(json.dumps(measured[0]))
     for run, count in zip(result["runs"], (2, 0), strict=True):
         run["disturbed"] = count
+        run["disturbed_by"] = {runner.OTHER_LOAD: 1, runner.THROTTLED: 2} if count else {}
     assert table(result)[-1] == ["Disturbed repetitions", "2 of 3", "0 of 3", ""]
     said = []
     module._warn_of_disturbance(result["runs"], said.append)
     (note,) = said
     assert note.level == "warning"
-    assert note.text.startswith("2 of 6 repetitions")
+    assert note.text.startswith("2 of 6 repetitions were disturbed (in 1 other programs")
+    assert "in 2 the processor was throttled: cool it" in note.text
+    assert "clock fell" not in note.text
+
+
+def test_what_sensors_tell_has_rows_and_a_remark(measured):
+    result = json.loads(json.dumps(measured[0]))
+    ours, theirs = result["runs"]
+    ours["summary"]["clock"] = runner.summarise([2.4e9, 2.3e9])
+    for run, joules in ((ours, 0.5), (theirs, 1.0)):
+        run["summary"]["joules_per_token"] = runner.summarise([joules])
+    result["ratios"]["joules_per_token"] = {"samples": [0.5], **runner.summarise([0.5])}
+    rows = {row[0]: row[1:] for row in table(result)}
+    assert rows["Clock (GHz)"] == ["2.35 ± 0.07", "–", ""]
+    assert rows["Energy (J/token)"] == ["0.500", "1.00", "0.50"]
+
+    result["device"].update(governors=["performance"], energy_sensor="RAPL")
+    assert remarks(result) == [
+        ("Governor: performance", False),
+        ("Energy: of the whole processor package, prompt included", False),
+    ]
+    result["device"].update(governors=["ondemand", "performance"], energy_sensor=None)
+    result["sweep"] = [{"threads": 1}, {"threads": 2}]
+    (tried, _), (governor, is_a_warning) = remarks(result)
+    assert tried == "Threads: 1, the fastest of 1, 2"
+    assert is_a_warning
+    assert governor.endswith("set it: sudo cpupower frequency-set -g performance")
+
+
+# ---- threads and time
+
+
+@pytest.mark.parametrize(
+    ("physical", "logical", "expected"),
+    [(1, 1, [1]), (4, 4, [1, 2, 4]), (6, 12, [1, 2, 4, 6, 8]), (2, 3, [1, 2])],
+)
+def test_the_threads_worth_trying(physical, logical, expected):
+    assert module.thread_counts(physical, logical) == expected
+
+
+def test_the_fastest_number_of_threads_measures_both(tiny_export, monkeypatch):
+    monkeypatch.setattr(module, "thread_counts", lambda *cores: [1, 2])
+    events = []
+    options = {**SHORT, "repeats": 1, "threads": "sweep"}
+    result = profile(tiny_export, against=tiny_export, **options, emit=events.append)
+    assert [entry["threads"] for entry in result["sweep"]] == [1, 2]
+    speeds = {entry["decode_tokens_per_second"]: entry["threads"] for entry in result["sweep"]}
+    assert result["settings"]["threads"] == speeds[max(speeds)]
+    tried = [event for event in events if event.unit == "thread counts"]
+    assert [(event.done, event.total) for event in tried] == [(0, 2), (1, 2), (2, 2)]
+    assert remarks(result)[0][0].startswith("Threads: ")
+
+
+def test_a_sustained_run_has_samples_until_its_end(tiny_export, monkeypatch):
+    monkeypatch.setattr(module, "SUSTAINED_INTERVAL", 0.2)
+    events = []
+    options = {**SHORT, "repeats": 1, "sustained": 0.01}
+    result = profile(tiny_export, against=tiny_export, **options, emit=events.append)
+    lasting = result["sustained"]
+    assert lasting["minutes"] == 0.01
+    times = [sample["seconds"] for sample in lasting["samples"]]
+    assert times == sorted(times)
+    assert times[-1] >= 0.6
+    assert lasting["ratio"] == lasting["last_minute"] / lasting["first_minute"]
+    assert set(lasting["samples"][0]) == {"seconds", *module._SAMPLED}
+    told = [event for event in events if getattr(event, "unit", "") == "seconds"]
+    assert told[-1].done == told[-1].total == 1
+    by_label = {row[0]: row[1:] for row in table(result)}
+    assert "→" in by_label["Sustained (tokens/s)"][0]
+    assert by_label["Sustained (tokens/s)"][1:] == ["", ""]
+
+
+def samples(*speeds: float, every: float = 20.0, throttled: bool | None = None) -> list[dict]:
+    return [
+        {"seconds": every * (1 + index), "decode_tokens_per_second": speed, "throttled": throttled}
+        for index, speed in enumerate(speeds)
+    ]
+
+
+def test_minutes_are_compared_and_halves_where_there_are_no_two():
+    found = module._first_and_last(samples(10, 10, 10, 9, 8, 6, 5, 4))
+    assert found == {"first_minute": 10.0, "last_minute": 5.0, "ratio": 0.5}
+    assert module._first_and_last(samples(4, 2))["ratio"] == 0.5
+    assert module._first_and_last(samples(4))["ratio"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("speeds", "throttled", "said"),
+    [
+        ((10, 10), None, None),
+        ((10, 9.6), False, None),
+        (
+            (10, 8),
+            None,
+            "tiny decodes at 80% of its first speed after 2 minutes (10.0 → 8.00 tokens/s)",
+        ),
+        ((10, 10), True, "throttled in 2 of 2 samples"),
+    ],
+)
+def test_slowing_down_is_a_warning(speeds, throttled, said):
+    found = samples(*speeds, throttled=throttled)
+    events = []
+    lasting = {"minutes": 2.0, "samples": found, **module._first_and_last(found)}
+    module._warn_of_slowing("tiny", lasting, events.append)
+    assert [event.level for event in events] == ([] if said is None else ["warning"])
+    assert all(said in event.text for event in events)
 
 
 # ---- what goes wrong
@@ -188,7 +294,13 @@ def test_damaged_files_are_bad_input(fault, tiny_export, tmp_path):
 
 
 def test_counts_out_of_range_are_bad_input(tiny_export):
-    for wrong in ({"repeats": 0}, {"prompt": 0}, {"generate": 1}, {"prompt": 600}):
+    for wrong in (
+        {"repeats": 0},
+        {"prompt": 0},
+        {"generate": 1},
+        {"prompt": 600},
+        {"sustained": -1},
+    ):
         with pytest.raises(BadInput):
             profile(tiny_export, **{**SHORT, **wrong})
 
