@@ -9,6 +9,7 @@ from typing import Any
 
 from edgeprune import report, runs
 from edgeprune.errors import BadInput
+from edgeprune.locations import own_name
 from edgeprune.report import Quantity
 from edgeprune.runs import Figures, RunInfo
 
@@ -160,22 +161,33 @@ def _differences(results: Sequence[Mapping[str, Any]]) -> list[str]:
         ),
         (
             "Speed was measured with different prompts or threads.",
-            lambda found: {**found["settings"]["profile"], "repeats": None},
+            _timing,
         ),
-        (
-            "Speed was measured on different machines.",
-            lambda found: (found["machine"]["processor"], found["machine"]["cores"]),
-        ),
+        ("Speed was measured on different machines.", _device),
     )
     return [text for text, part in checks if _differ(part, results)]
 
 
+def _timing(results: Mapping[str, Any]) -> Any:
+    """Return how speed was measured; None where it was not."""
+    settings = results["settings"]["profile"]
+    names = ("prompt", "generate", "threads")
+    return [settings[name] for name in names] if results["devices"] else None
+
+
+def _device(results: Mapping[str, Any]) -> Any:
+    """Return what tells the first device, whose figures the run's are, from others; None where there is none."""
+    first = next(iter(results["devices"].values()), None)
+    return first and (first["device"]["cpu"], first["device"]["physical_cores"])
+
+
 def _differ(part: Callable[[Mapping[str, Any]], Any], results: Sequence[Mapping[str, Any]]) -> bool:
     try:
-        first, *others = (part(found) for found in results)
-    except (LookupError, TypeError):
+        parts = [part(found) for found in results]
+    except (LookupError, TypeError, AttributeError):
         return True  # who does not say cannot be trusted to be the same
-    return any(other != first for other in others)
+    told = [each for each in parts if each is not None]
+    return any(each != told[0] for each in told)
 
 
 # ---- as text
@@ -209,7 +221,7 @@ def page(comparison: Comparison) -> str:
         rows=[
             {
                 "name": each.name,
-                "what": f"{report.own_name(each.info.model)}, {each.info.target}",
+                "what": f"{own_name(each.info.model)}, {each.info.target}",
                 "on_front": each.on_front,
                 "cells": cells(each),
             }
@@ -225,10 +237,11 @@ def _plot(comparison: Comparison) -> str:
     dense: dict[str, plots.Point] = {}
     pruned = []
     for each in comparison.runs:
-        model = report.own_name(each.info.model)
+        model = own_name(each.info.model)
         dense.setdefault(model, _point(f"dense {model}", each.info.dense, dense=True))
         pruned.append(_point(each.name, each.info.pruned, on_front=each.on_front))
-    return plots.pareto([point for point in (*dense.values(), *pruned) if point])
+    points = [point for point in (*dense.values(), *pruned) if point]
+    return plots.pareto(points) if points else ""
 
 
 def _point(name: str, model: Figures | None, **marks: bool) -> Any:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from edgeprune import machine, runs, worker
 from edgeprune.errors import BadInput
+from edgeprune.locations import own_name
+from edgeprune.profiles import runner
 from edgeprune.quantities import format_count
-from edgeprune.report import own_name
+from edgeprune.remote.hosts import LOCAL
+from edgeprune.report import MODELS, of_device
 from edgeprune.sources import Source
 
 # Of the speed of a matrix product, for the operations of a plain forward and backward: benchmarks/RESULTS.md. "Cost of
@@ -66,8 +69,10 @@ class PastRun:
     precision: str
     profile: tuple[Any, ...]
     """How speed was measured; runs measured otherwise are not to be mixed."""
+    device: tuple[str, int] | None
+    """Processor and physical cores of the machine at which it was started; None if nothing was timed there."""
     sizes: tuple[tuple[float, float], ...]
-    """(bytes of the file, seconds a token) of both models, where measured."""
+    """(bytes of the file, seconds a token) of both models, where measured on that machine."""
     sparsity: float
     parameters: int
     left: int
@@ -87,6 +92,11 @@ class PastRun:
         """Whether it ran on this machine, or one that says the same of itself."""
         return (self.processor, self.cores) == (machine.cpu_model(), machine.cores())
 
+    @property
+    def was_timed_here(self) -> bool:
+        """Whether its exports were timed on this machine, or one that says the same of itself."""
+        return self.device == this_device()
+
     def is_of(self, source: Source) -> bool:
         """Whether its model is this one."""
         if self.model["kind"] != source.kind:
@@ -95,6 +105,13 @@ class PastRun:
             return bool(self.model["name"] == source.name)
         path = Path(self.model["path"]) / (self.model["gguf_file"] or "")
         return path.resolve() == (source.path / (source.gguf_file or "")).resolve()
+
+
+@cache
+def this_device() -> tuple[str, int]:
+    """Return this machine as ``PastRun.device`` has it."""
+    found = runner.device()
+    return found["cpu"], found["physical_cores"]
 
 
 # ---- reading
@@ -127,7 +144,7 @@ def _read(folder: Path, _changed: int) -> PastRun | None:
 def _of_results(name: str, results: dict[str, Any], stages: dict[str, float]) -> PastRun:
     dense, pruned, settings = results["dense"], results["pruned"], results["settings"]
     recovery = results["prune"]["made"].get("recovery") or {}
-    profile = settings["profile"]
+    profile, local = settings["profile"], results["devices"].get(LOCAL)
     return PastRun(
         name=name,
         model=results["model"],
@@ -135,7 +152,8 @@ def _of_results(name: str, results: dict[str, Any], stages: dict[str, float]) ->
         cores=results["machine"]["cores"],
         precision=settings["export"]["precision"],
         profile=(profile["prompt"], profile["generate"], profile["threads"]),
-        sizes=tuple(_size(figures) for figures in (dense, pruned) if _has_speed(figures)),
+        device=local and (local["device"]["cpu"], local["device"]["physical_cores"]),
+        sizes=_sizes(results, local),
         sparsity=1 - pruned["decoder_parameters"] / dense["decoder_parameters"],
         parameters=dense["parameters"],
         left=pruned["parameters"],
@@ -149,12 +167,17 @@ def _of_results(name: str, results: dict[str, Any], stages: dict[str, float]) ->
     )
 
 
-def _has_speed(figures: Mapping[str, Any]) -> bool:
-    return bool(figures["file_bytes"] and figures["decode_tokens_per_second"])
-
-
-def _size(figures: Mapping[str, Any]) -> tuple[float, float]:
-    return figures["file_bytes"], 1 / figures["decode_tokens_per_second"]
+def _sizes(
+    results: Mapping[str, Any], document: Mapping[str, Any] | None
+) -> tuple[tuple[float, float], ...]:
+    if document is None:
+        return ()
+    speeds = of_device(document)
+    pairs = [
+        (results[which]["file_bytes"], speeds[which]["decode_tokens_per_second"])
+        for which in MODELS
+    ]
+    return tuple((size, 1 / speed) for size, speed in pairs if size and speed)
 
 
 def _shares(dense: Mapping[str, int], pruned: Mapping[str, int]) -> tuple[float, float]:
@@ -210,7 +233,7 @@ def decode_speed(
     past: Sequence[PastRun], source: Source, precision: str
 ) -> tuple[DecodeSpeed | None, str]:
     """Return how fast exports of a model decode on this device, and what that rests on; None where nothing is known."""
-    here = [run for run in past if run.is_of_here and run.precision == precision and run.sizes]
+    here = [run for run in past if run.was_timed_here and run.precision == precision and run.sizes]
     if not here:
         return None, "no measurement on this device yet"
     for own in (True, False):

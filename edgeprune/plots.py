@@ -162,6 +162,47 @@ def latencies(
         return _svg(figure)
 
 
+def over_time(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the speed of a device that generates on end, and its temperature where that is known.
+
+    Each sample has ``seconds`` since the start, ``decode_tokens_per_second``, perhaps ``temperature`` (°C) and
+    ``throttled``.
+    """
+    with _figure(3.4) as figure:
+        axes = figure.subplots()
+        minutes = [each["seconds"] / 60 for each in samples]
+        speeds = [each["decode_tokens_per_second"] for each in samples]
+        axes.plot(minutes, speeds, color=PRUNED, label="tokens per second")
+        slowed = [index for index, each in enumerate(samples) if each.get("throttled")]
+        if slowed:
+            places = [minutes[i] for i in slowed], [speeds[i] for i in slowed]
+            axes.plot(*places, "x", color=INK, label="throttled")
+        axes.set(xlabel="minutes", ylabel="tokens per second")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        handles = [*axes.lines, *_temperature(axes, minutes, samples)]
+        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderpad=0)
+        return _svg(figure)
+
+
+def _temperature(
+    axes: Any, minutes: Sequence[float], samples: Sequence[Mapping[str, Any]]
+) -> Sequence[Any]:
+    known = [
+        (minute, each["temperature"])
+        for minute, each in zip(minutes, samples, strict=True)
+        if each.get("temperature") is not None
+    ]
+    if not known:
+        return ()
+    right = axes.twinx()
+    right.set_ylabel("°C")
+    lines: Sequence[Any] = right.plot(
+        *zip(*known, strict=True), color=MUTED, linestyle=":", label="temperature, °C"
+    )
+    return lines
+
+
 @dataclass(frozen=True)
 class Point:
     """A model in ``pareto``: its name, file size in MB, decoded tokens/s and perplexity per token."""

@@ -6,20 +6,29 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edgeprune import machine
 from edgeprune.events import Evaluation, Event, PruneIteration, TrainStep
+from edgeprune.locations import own_name
+from edgeprune.profiles.runner import CLOCK_FELL, OTHER_LOAD, THROTTLED
 from edgeprune.quantities import format_bytes, format_count
 from edgeprune.recipe import Recipe
+from edgeprune.remote.hosts import LOCAL
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MODELS = ("dense", "pruned")
 ROLES = {"dense": "against", "pruned": "export"}
-"""Which of the profile's runs is which model's."""
+"""Which of a profile's runs is which model's."""
+NOT_KNOWN = "–"
+DISTURBANCES = {
+    OTHER_LOAD: "other programs were busy",
+    THROTTLED: "the processor was throttled",
+    CLOCK_FELL: "the processor's clock fell",
+}
 SAME = 0.005
 """The relative difference below which two figures count as the same."""
 PACKAGES = (
@@ -43,11 +52,16 @@ class Quantity:
     less_is_better: bool
     as_factor: bool
     """Show the change as a factor (speed) and not in per cent (size)."""
+    on_device: bool = False
+    """Each device that was measured has its own."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table that compares the models, as text; ``better`` is None for no change."""
+    """A line of the table that compares the models, as text; ``better`` is None for no change.
+
+    ``dense`` is empty where the dense model was not asked: ``change`` is then what happened to the pruned one.
+    """
 
     label: str
     dense: str
@@ -74,6 +88,10 @@ def _milliseconds(value: float) -> str:
     return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.2f} s"
 
 
+def _joules(value: float) -> str:
+    return f"{1000 * value:.3g} mJ" if value < 1 else f"{value:.3g} J"
+
+
 QUANTITIES = (
     Quantity("parameters", "Parameters", format_count, True, False),
     Quantity("decoder_parameters", "Decoder-layer parameters", format_count, True, False),
@@ -82,11 +100,13 @@ QUANTITIES = (
     Quantity("token_perplexity", "Perplexity per token", _perplexity, True, True),
     Quantity("word_perplexity", "Perplexity per word", _perplexity, True, True),
     Quantity("export_kl", "KL of the export, nats/token", _divergence, True, True),
-    Quantity("prefill_tokens_per_second", "Prefill (tokens/s)", _speed, False, True),
-    Quantity("decode_tokens_per_second", "Decode (tokens/s)", _speed, False, True),
-    Quantity("time_to_first_token_seconds", "Time to first token", _milliseconds, True, True),
-    Quantity("peak_memory_bytes", "Peak memory", format_bytes, True, False),
+    Quantity("prefill_tokens_per_second", "Prefill (tokens/s)", _speed, False, True, True),
+    Quantity("decode_tokens_per_second", "Decode (tokens/s)", _speed, False, True, True),
+    Quantity("time_to_first_token_seconds", "Time to first token", _milliseconds, True, True, True),
+    Quantity("peak_memory_bytes", "Peak memory", format_bytes, True, False, True),
+    Quantity("joules_per_token", "Energy per token", _joules, True, False, True),
 )
+ON_DEVICES = tuple(quantity for quantity in QUANTITIES if quantity.on_device)
 
 
 # ---- results.json
@@ -97,26 +117,50 @@ def build_results(recipe: Recipe, stages: dict[str, dict[str, Any]]) -> dict[str
 
     ``dense`` and ``pruned`` have a figure for each of ``QUANTITIES``, the ``spread`` (standard
     deviation) of those measured repeatedly, and the widths of their ``layers``. ``ratios`` are
-    pruned / dense. The raw data of each stage is kept beside them. A figure that is not finite is
-    None, which JSON can say.
+    pruned / dense. What depends on a device is the first device's, None without any. The raw data of each
+    stage is kept beside them, in ``devices`` what ``profiles.profile.profile`` returned for each. A figure that is not
+    finite is None, which JSON can say.
     ``stages`` maps the name of each finished stage to its result.
     """
-    both = {which: _finite(_figures(stages, which)) for which in ("dense", "pruned")}
-    measured = stages["profile"]["ratios"]
-    return {
+    source = stages["source"]
+    made_on = source if "machine" in source else this_machine()  # begun by the version before
+    results = {
         "schema_version": SCHEMA_VERSION,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "model": stages["source"]["source"],
-        **both,
-        "ratios": {q.key: _ratio(q.key, both, measured) for q in QUANTITIES},
+        "model": source["source"],
+        **{which: _finite(_figures(stages, which)) for which in MODELS},
+        "ratios": {},
         "settings": recipe.model_dump(),
         "prune": _finite(stages["prune"]["summary"]),
         "exports": _finite({"dense": stages["export-dense"], "pruned": stages["export-pruned"]}),
         "evaluation": _finite(stages["evaluate"]),
-        "profile": _finite(stages["profile"]),
-        "machine": _machine(),
-        "versions": _versions(),
+        "devices": {},
+        "machine": made_on["machine"],
+        "versions": made_on["versions"],
     }
+    return _with_devices(results, _finite(_devices(stages["profile"])))
+
+
+def _with_devices(results: dict[str, Any], documents: dict[str, Any]) -> dict[str, Any]:
+    found = of_device(next(iter(documents.values()), None))
+    both = {which: {**results[which], **found[which]} for which in MODELS}
+    ratios = {q.key: _divided(q.key, both) for q in QUANTITIES} | found["ratios"]
+    return {**results, **both, "ratios": ratios, "devices": documents}
+
+
+def current(results: dict[str, Any]) -> dict[str, Any]:
+    """Return results as this version writes them: those of the version before had one device, as ``profile``."""
+    profile = results.get("profile")
+    if not isinstance(profile, dict):
+        return results
+    kept = {key: value for key, value in results.items() if key != "profile"}
+    return {**kept, "schema_version": SCHEMA_VERSION, "devices": _devices(profile)}
+
+
+def _devices(profile: dict[str, Any]) -> dict[str, Any]:
+    """Return the devices' documents of a run's stage; that of the version before was the one document."""
+    devices: dict[str, Any] = profile.get("devices", {LOCAL: profile})
+    return devices
 
 
 def to_json(results: dict[str, Any]) -> str:
@@ -126,26 +170,26 @@ def to_json(results: dict[str, Any]) -> str:
 
 def _figures(stages: dict[str, dict[str, Any]], which: str) -> dict[str, Any]:
     shape = stages["source"]["inspection"] if which == "dense" else stages["prune"]["inspection"]
-    perplexity = stages["evaluate"][which]
+    perplexity, export = stages["evaluate"][which], stages[f"export-{which}"]
     return {
         "parameters": shape["parameters"],
         "decoder_parameters": shape["decoder_parameters"],
+        "file_bytes": export["bytes"],
         "token_perplexity": perplexity["token_perplexity"],
         "word_perplexity": perplexity["word_perplexity"],
-        "export_kl": stages[f"export-{which}"]["parity"]["mean_kl"],
-        **_measured(stages["profile"], which, "mean"),
-        "spread": _measured(stages["profile"], which, "stdev"),
+        "export_kl": export["parity"]["mean_kl"],
         "layers": shape["layers"],
     }
 
 
-def _ratio(
-    key: str, both: dict[str, dict[str, Any]], measured: dict[str, dict[str, float]]
-) -> float | None:
-    if key in measured:
-        return measured[key]["median"]  # of repetitions in pairs, which a drifting machine spares
+def _divided(key: str, both: Mapping[str, Mapping[str, Any]]) -> float | None:
     pruned, dense = both["pruned"][key], both["dense"][key]
     return pruned / dense if pruned is not None and dense else None
+
+
+def this_machine() -> dict[str, Any]:
+    """Return what the results say of the machine on which a run is made: ``machine`` and ``versions``."""
+    return {"machine": _machine(), "versions": _versions()}
 
 
 def _machine() -> dict[str, Any]:
@@ -183,26 +227,52 @@ def _finite(value: Any) -> Any:
 
 
 def results_table(results: dict[str, Any]) -> list[Row]:
-    """Return the comparison of the two models, one row a quantity."""
-    return [_row(q, results) for q in QUANTITIES]
+    """Return the comparison of the two models, one row a quantity, of those on devices one a device."""
+    devices = results["devices"]
+    rows = [_row(q, _label(q, results), results) for q in QUANTITIES if not q.on_device]
+    for quantity in ON_DEVICES:
+        for name, document in devices.items():
+            row = _row(quantity, quantity.label + _on(name, devices), of_device(document))
+            if (row.dense, row.pruned) != (NOT_KNOWN, NOT_KNOWN):
+                rows.append(row)
+    for name, document in devices.items():
+        if document.get("sustained"):
+            rows.append(_sustained(document["sustained"], _on(name, devices)))
+    return rows
 
 
-def _row(quantity: Quantity, results: dict[str, Any]) -> Row:
-    dense, pruned = (_cell(quantity, results[which]) for which in ("dense", "pruned"))
-    ratio = results["ratios"][quantity.key]
-    label = quantity.label
+def _label(quantity: Quantity, results: dict[str, Any]) -> str:
     if quantity.key == "file_bytes":
-        label += f", {results['settings']['export']['precision']} ONNX"
+        return f"{quantity.label}, {results['settings']['export']['precision']} ONNX"
+    return quantity.label
+
+
+def _on(name: str, devices: Mapping[str, Any]) -> str:
+    """Return what tells a device's rows and plots from those of the others."""
+    return f", {name}" if len(devices) > 1 else ""
+
+
+def _row(quantity: Quantity, label: str, found: Mapping[str, Any]) -> Row:
+    """Return the row of a quantity of which ``found`` has the figures of both models and the ratio."""
+    dense, pruned = (_cell(quantity, found[which]) for which in MODELS)
+    ratio = found["ratios"][quantity.key]
     return Row(
         label,
         dense,
         pruned,
         "" if ratio is None else change(ratio, quantity.as_factor),
-        better(ratio, quantity.less_is_better, _noise(quantity.key, results)),
+        better(ratio, quantity.less_is_better, _noise(quantity.key, found)),
     )
 
 
-def _cell(quantity: Quantity, figures: dict[str, Any]) -> str:
+def _sustained(sustained: Mapping[str, Any], device: str) -> Row:
+    first, last = (shown(sustained[key], _speed) for key in ("first_minute", "last_minute"))
+    ratio = sustained["ratio"]
+    label = f"Sustained decode, first → last minute{device}"
+    return Row(label, "", f"{first} → {last}", "" if ratio is None else change(ratio, True), None)
+
+
+def _cell(quantity: Quantity, figures: Mapping[str, Any]) -> str:
     value, spread = figures[quantity.key], figures["spread"].get(quantity.key)
     deviation = f" ± {spread / value:.0%}".replace("%", " %") if spread and value else ""
     return shown(value, quantity.show) + deviation
@@ -210,7 +280,7 @@ def _cell(quantity: Quantity, figures: dict[str, Any]) -> str:
 
 def shown(value: float | None, show: Callable[[float], str]) -> str:
     """Return a figure as people read it, a dash where there is none."""
-    return "–" if value is None else show(value)
+    return NOT_KNOWN if value is None else show(value)
 
 
 def change(ratio: float, as_factor: bool) -> str:
@@ -228,10 +298,10 @@ def better(ratio: float | None, less_is_better: bool, noise: float) -> bool | No
     return (ratio < 1) == less_is_better
 
 
-def _noise(key: str, results: dict[str, Any]) -> float:
+def _noise(key: str, found: Mapping[str, Any]) -> float:
     """Return the relative difference below which two figures count as the same."""
-    spreads = [results[which]["spread"].get(key) or 0 for which in ("dense", "pruned")]
-    means = [results[which][key] or 1 for which in ("dense", "pruned")]
+    spreads = [found[which]["spread"].get(key) or 0 for which in MODELS]
+    means = [found[which][key] or 1 for which in MODELS]
     return max(SAME, *(spread / mean for spread, mean in zip(spreads, means, strict=True)))
 
 
@@ -256,7 +326,9 @@ def render(results: dict[str, Any], events: Iterable[Event]) -> str:
         title=f"{own_name(results['model']['name'])}, pruned",
         summary=summary(results),
         rows=results_table(results),
-        conditions=_conditions(results),
+        conditions=conditions(results),
+        devices=list(results["devices"]),
+        device_facts=device_facts(results["devices"]),
         figures=_plots(results, events),
         provenance=_provenance(results),
         recipe=_recipe(results["settings"]),
@@ -265,17 +337,23 @@ def render(results: dict[str, Any], events: Iterable[Event]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """Return what was won and what was lost, in two sentences."""
-    ratios, dense, pruned = results["ratios"], results["dense"], results["pruned"]
-    removed = 1 - ratios["decoder_parameters"]
-    file = format_bytes(pruned["file_bytes"])
-    speed = ratios["decode_tokens_per_second"]
-    faster = "as fast as the dense one" if speed is None else _faster(speed)
+    dense, pruned = results["dense"], results["pruned"]
+    removed = 1 - results["ratios"]["decoder_parameters"]
     before, after = (shown(x["token_perplexity"], _perplexity) for x in (dense, pruned))
     return (
-        f"{removed:.0%} of the parameters in the decoder layers are gone: the file is {file} "
-        f"instead of {format_bytes(dense['file_bytes'])}, and decodes {faster} on this machine. "
-        f"Perplexity went from {before} to {after}."
+        f"{removed:.0%} of the parameters in the decoder layers are gone: the file is "
+        f"{format_bytes(pruned['file_bytes'])} instead of {format_bytes(dense['file_bytes'])}"
+        f"{_speeds(results['devices'])}. Perplexity went from {before} to {after}."
     )
+
+
+def _speeds(devices: Mapping[str, Any]) -> str:
+    said = []
+    for name, document in devices.items():
+        ratio = of_device(document)["ratios"]["decode_tokens_per_second"]
+        if ratio is not None:
+            said.append(f"{_faster(ratio)} on {'this machine' if name == LOCAL else name}")
+    return f", and decodes {_listed(said)}" if said else ""
 
 
 def _faster(ratio: float) -> str:
@@ -284,22 +362,46 @@ def _faster(ratio: float) -> str:
     return f"{abs(ratio - 1):.0%} {'faster' if ratio > 1 else 'slower'}"
 
 
-def _conditions(results: dict[str, Any]) -> str:
-    settings, evaluation = results["settings"]["profile"], results["evaluation"]["dense"]
+def _listed(texts: Sequence[str]) -> str:
+    *others, last = texts
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def conditions(results: dict[str, Any]) -> str:
+    """Return how perplexity and speed were measured."""
+    evaluation = results["evaluation"]["dense"]
     return (
         f"Perplexity over {evaluation['tokens']:,} tokens of {own_name(_text(results))} in windows of "
-        f"{evaluation['window']}. Speed from {settings['repeats']} repetitions of "
-        f"{settings['prompt']} tokens of prompt and {settings['generate']} generated, each model "
-        f"in its own process, the two in turns, after a warm-up.{_disturbance(results['profile'])}"
+        f"{evaluation['window']}. {_timing(results)}"
     )
 
 
-def _disturbance(profile: dict[str, Any]) -> str:
-    disturbed = sum(run["disturbed"] for run in profile["runs"])
-    if not disturbed:
+def _timing(results: dict[str, Any]) -> str:
+    settings, devices = results["settings"]["profile"], results["devices"]
+    if not devices:
+        return "Speed was not measured."
+    return (
+        f"Speed from {settings['repeats']} repetitions of "
+        f"{settings['prompt']} tokens of prompt and {settings['generate']} generated, each model "
+        f"in its own process, the two in turns, after a warm-up."
+        + "".join(_disturbance(each, _on(name, devices)) for name, each in devices.items())
+    )
+
+
+def _disturbance(document: Mapping[str, Any], device: str) -> str:
+    counts = [(text, _disturbed_by(document, reason)) for reason, text in DISTURBANCES.items()]
+    said = [f"{text} during {count}" for text, count in counts if count]
+    if not said:
         return ""
-    total = sum(len(run["repetitions"]) for run in profile["runs"])
-    return f" Other programs were busy during {disturbed} of the {total} repetitions of both."
+    total = sum(len(run["repetitions"]) for run in document["runs"])
+    text = f"{_listed(said)} of the {total} repetitions of both{device.replace(', ', ' on ')}."
+    return f" {text[0].upper()}{text[1:]}"
+
+
+def _disturbed_by(document: Mapping[str, Any], reason: str) -> int:
+    """Return how many repetitions were disturbed so; documents without reasons know of other load only."""
+    counts = [run.get("disturbed_by", {OTHER_LOAD: run["disturbed"]}) for run in document["runs"]]
+    return sum(each.get(reason, 0) for each in counts)
 
 
 def _plots(results: dict[str, Any], events: Iterable[Event]) -> list[Plot]:
@@ -333,14 +435,30 @@ def _plots(results: dict[str, Any], events: Iterable[Event]) -> list[Plot]:
                 plots.training(losses, held_out, cuts),
             )
         )
-    between, decode = _samples(results["profile"])
-    found.append(
+    for name, document in results["devices"].items():
+        found += _device_plots(document, _on(name, results["devices"]))
+    return found
+
+
+def _device_plots(document: Mapping[str, Any], device: str) -> list[Plot]:
+    from edgeprune import plots
+
+    found = [
         Plot(
-            "Latency",
+            f"Latency{device}",
             "Every token of every repetition; the slowest 1 % share the last bar.",
-            plots.latencies(between, decode),
+            plots.latencies(*samples(document)),
         )
-    )
+    ]
+    sustained = document.get("sustained") or {}
+    if sustained.get("samples"):
+        found.append(
+            Plot(
+                f"Speed over time{device}",
+                f"The pruned model, generating for {sustained['minutes']:g} minutes on end.",
+                plots.over_time(sustained["samples"]),
+            )
+        )
     return found
 
 
@@ -401,30 +519,106 @@ def _text(results: dict[str, Any]) -> str:
     return str(results["settings"]["evaluate"]["text"])
 
 
-def own_name(spec: str) -> str:
-    """Return a file's or folder's own name, anything else as it is: a page is passed on."""
-    return Path(spec).name if Path(spec).is_absolute() else spec
+# ---- what a device's document says
 
 
-# ---- what the profile says
-
-
-def _measured(profile: dict[str, Any], which: str, statistic: str) -> dict[str, Any]:
-    """Return a statistic of each figure that the profile measured and the table shows."""
-    summary = _run(profile, which)["summary"]
-    return {q.key: summary[q.key][statistic] for q in QUANTITIES if q.key in summary}
-
-
-def _samples(profile: dict[str, Any]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def samples(document: Mapping[str, Any]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Return the milliseconds between tokens, and the decoded tokens/s of each repetition."""
     between, decode = {}, {}
-    for which in ("dense", "pruned"):
-        repetitions = _run(profile, which)["repetitions"]
+    for which in MODELS:
+        repetitions = _run(document, which)["repetitions"]
         between[which] = [1000 * x for each in repetitions for x in each["inter_token_seconds"]]
         decode[which] = [each["decode_tokens_per_second"] for each in repetitions]
     return between, decode
 
 
-def _run(profile: dict[str, Any], which: str) -> dict[str, Any]:
-    (found,) = (run for run in profile["runs"] if run["role"] == ROLES[which])
-    return found
+def of_device(document: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the figures of both models on a device and their ratios; all None without a document."""
+    both = {which: _measured(document, which) for which in MODELS}
+    # of repetitions in pairs, which a drifting machine spares
+    stated = (document or {}).get("ratios") or {}
+    ratios = {
+        q.key: stated[q.key]["median"] if q.key in stated else _divided(q.key, both)
+        for q in ON_DEVICES
+    }
+    return {**both, "ratios": ratios}
+
+
+def _measured(document: Mapping[str, Any] | None, which: str) -> dict[str, Any]:
+    summary = _run(document, which)["summary"] if document else {}
+    known = {q.key: summary[q.key] for q in ON_DEVICES if summary.get(q.key)}
+    return {
+        **{q.key: known[q.key]["mean"] if q.key in known else None for q in ON_DEVICES},
+        "spread": {key: figures["stdev"] for key, figures in known.items()},
+    }
+
+
+def _run(document: Mapping[str, Any], which: str) -> dict[str, Any]:
+    (found,) = (run for run in document["runs"] if run["role"] == ROLES[which])
+    return cast("dict[str, Any]", found)
+
+
+def device_facts(devices: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return what is known of the devices: a name and a text for each; what none of them says is left out."""
+    told = [_facts(document) for document in devices.values()]
+    names = list(dict.fromkeys(name for facts in told for name in facts))
+    return [(name, [facts.get(name, NOT_KNOWN) for facts in told]) for name in names]
+
+
+def _facts(document: Mapping[str, Any]) -> dict[str, str]:
+    device = document["device"]
+    memory = device.get("memory_bytes")
+    cores, logical = device.get("physical_cores"), device.get("logical_cores")
+    facts = {
+        "Processor": device.get("cpu"),
+        "Architecture": device.get("architecture"),
+        "Cores": cores if logical in (cores, None) else f"{cores}, {logical} logical",
+        "Memory": memory and format_bytes(memory),
+        "System": device.get("os"),
+        "Governor": ", ".join(device.get("governors") or ()) or device.get("governor"),
+        "Clock": _range([each.get("clock") for each in _repetitions(document)], 1e-9, ".2f", "GHz"),
+        "Temperature": _range(_temperatures(document), 1, ".0f", "°C"),
+        "Throttled": _throttled(document),
+        "Energy by": device.get("energy_sensor"),
+        "Threads used": _threads(document),
+        "Runtime": _runtime(device.get("versions") or {}),
+    }
+    return {name: str(text) for name, text in facts.items() if text}
+
+
+def _repetitions(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [each for run in document["runs"] for each in run["repetitions"]]
+
+
+def _temperatures(document: Mapping[str, Any]) -> list[float | None]:
+    seen = [run.get("sensors") or {} for run in document["runs"]]
+    moments = [each.get(when) or {} for each in seen for when in ("before", "after")]
+    return [each.get("temperature") for each in (*moments, *_repetitions(document))]
+
+
+def _range(values: Iterable[float | None], scale: float, digits: str, unit: str) -> str:
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return ""
+    ends = dict.fromkeys(format(each, digits) for each in (min(known), max(known)))
+    return f"{' to '.join(ends)} {unit}"
+
+
+def _throttled(document: Mapping[str, Any]) -> str:
+    known = [
+        each["throttled"] for each in _repetitions(document) if each.get("throttled") is not None
+    ]
+    if not known:
+        return ""
+    return f"in {sum(known)} of {len(known)} repetitions" if any(known) else "no"
+
+
+def _threads(document: Mapping[str, Any]) -> str:
+    used = str(document["settings"]["threads"])
+    tried = [str(each["threads"]) for each in document.get("sweep") or ()]
+    return f"{used}, the fastest of {', '.join(tried)}" if tried else used
+
+
+def _runtime(versions: Mapping[str, Any]) -> str:
+    names = ("onnxruntime-genai", "onnxruntime")
+    return ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,42 @@ from edgeprune import recipe as recipes
 from edgeprune import report, runs, worker
 from edgeprune.events import RunFinished, RunStarted
 from edgeprune.log import LogWriter
+from edgeprune.remote import hosts
 
 LAYERS = 30
 DENSE = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
 PRUNED = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024}
+DEVICE = {
+    "cpu": "A Processor",
+    "physical_cores": 2,
+    "logical_cores": 4,
+    "memory_bytes": 8 * 10**9,
+    "os": "Linux",
+    "versions": {"python": "3.11", "onnxruntime-genai": "0.9"},
+}
 GONE = {"num_attention_heads": 0, "num_key_value_heads": 0, "intermediate_size": 1536}
 
 
 def results(
-    size: float = 97e6, speed: float = 100.0, perplexity: float = 62.3, model: str = "smol"
+    size: float = 97e6,
+    speed: float = 100.0,
+    perplexity: float = 62.3,
+    model: str = "smol",
+    devices: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Return results of a pruned model with these figures; its dense one is always the same."""
-    dense = (118e6, 80.0, 27.1, [DENSE] * LAYERS)
-    pruned = (size, speed, perplexity, [PRUNED] * (LAYERS - 1) + [GONE])
-    profiles = {"dense": _profile("dense", *dense[:2]), "pruned": _profile("pruned", *pruned[:2])}
-    means = {
-        which: {key: entry["mean"] for key, entry in profile["summary"].items()}
-        for which, profile in profiles.items()
-    }
+    """Return results of a pruned model with these figures; its dense one is always the same.
+
+    ``devices`` are ``document``s by name; absent: one of this machine.
+    """
+    dense = (118e6, 27.1, [DENSE] * LAYERS)
+    pruned = (size, perplexity, [PRUNED] * (LAYERS - 1) + [GONE])
     shapes = {
         which: {
             "parameters": int(params),
             "decoder_parameters": int(params * 0.8),
             "layers": layers,
         }
-        for which, params, layers in (("dense", 134.5e6, dense[3]), ("pruned", 102.7e6, pruned[3]))
+        for which, params, layers in (("dense", 134.5e6, dense[2]), ("pruned", 102.7e6, pruned[2]))
     }
     stages = {
         "source": {
@@ -41,20 +53,35 @@ def results(
             "inspection": shapes["dense"],
         },
         "prune": {"summary": {"seed": 0}, "inspection": shapes["pruned"]},
-        "export-dense": {"parity": {"mean_kl": 0.2}},
-        "export-pruned": {"parity": {"mean_kl": 0.3}},
-        "evaluate": {"dense": _perplexity(dense[2]), "pruned": _perplexity(perplexity)},
+        "export-dense": {"bytes": dense[0], "parity": {"mean_kl": 0.2}},
+        "export-pruned": {"bytes": size, "parity": {"mean_kl": 0.3}},
+        "evaluate": {"dense": _perplexity(dense[1]), "pruned": _perplexity(perplexity)},
         "profile": {
-            "runs": [profiles["pruned"], profiles["dense"]],
-            "ratios": {
-                key: {"median": mean / means["dense"][key]} for key, mean in means["pruned"].items()
-            },
+            "devices": {hosts.LOCAL: document(size, speed)} if devices is None else devices
         },
     }
     return report.build_results(recipes.demo(), stages)
 
 
-def _profile(which: str, size: float, speed: float) -> dict[str, Any]:
+def document(
+    size: float = 97e6, speed: float = 100.0, dense_speed: float = 80.0, **known: Any
+) -> dict[str, Any]:
+    """Return what is measured on a device; ``known`` are more of its entries, those of ``device`` added."""
+    runs = {"pruned": _timed("pruned", size, speed), "dense": _timed("dense", 118e6, dense_speed)}
+    dense = {key: entry["mean"] for key, entry in runs["dense"]["summary"].items()}
+    return {
+        "settings": {"threads": 2},
+        "runs": list(runs.values()),
+        "ratios": {
+            key: {"median": entry["mean"] / dense[key]}
+            for key, entry in runs["pruned"]["summary"].items()
+        },
+        **known,
+        "device": DEVICE | known.get("device", {}),
+    }
+
+
+def _timed(which: str, size: float, speed: float) -> dict[str, Any]:
     slow = 1 / speed
     repetitions = [
         {

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import made_runs
 import pytest
 import tiny
 
@@ -28,6 +29,7 @@ def here(monkeypatch):
     """A quiet machine of a known make, whose matrix products run at a known speed."""
     monkeypatch.setattr(machine, "cpu_model", lambda: "A Processor")
     monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(experience, "this_device", lambda: ("A Processor", 2))
     monkeypatch.setattr(outlook, "_peak", lambda: 1e12)
 
 
@@ -56,6 +58,8 @@ def _results(
     model,
     model_name=None,
     processor="A Processor",
+    device="local",
+    timed_by=None,
     speeds=(50.0, 100.0),
     sizes=(2e6, 1e6),
     kept=0.5,
@@ -86,13 +90,15 @@ def _results(
             "decoder_parameters": shape["decoder_parameters"] - lost,
             "layers": widths,
             "file_bytes": size,
-            "decode_tokens_per_second": speed,
             "token_perplexity": value,
         }
-        for which, lost, widths, size, speed, value in zip(
-            ("dense", "pruned"), (0, gone), (layers, cut), sizes, speeds, perplexity, strict=True
+        for which, lost, widths, size, value in zip(
+            ("dense", "pruned"), (0, gone), (layers, cut), sizes, perplexity, strict=True
         )
     }
+    document = made_runs.document(
+        speed=speeds[1], dense_speed=speeds[0], device={"cpu": timed_by or processor}
+    )
     settings = recipes.demo().model_dump() | {"recover": recover}
     options = Options.of("quick").to_json()
     return {
@@ -100,6 +106,7 @@ def _results(
         "model": {"name": model_name or str(model), "kind": "folder", "gguf_file": None}
         | {"path": model_name or str(model)},
         "machine": {"processor": processor, "cores": 2},
+        "devices": {device: document},
         "settings": settings,
         "prune": {"made": {"options": options, "seconds": 60.0} | (made or {})},
     }
@@ -222,6 +229,16 @@ def test_speed_is_read_off_a_line_through_what_was_measured_here(model, here, re
     assert "2 measurements in 1 run of this model on this device (int4" in basis
     other = outlook.outlook(str(model), {"sparsity": 0.5}, precision="int8")
     assert other["decode_tokens_per_second"] is None
+
+
+def test_only_what_was_timed_here_is_learned_from(model, here, remember):
+    remember("on-a-board", device="pi5", timed_by="A Processor")
+    remember("not-timed", device="pi5")
+    basis = outlook.outlook(str(model), {"sparsity": 0.5})["speed_basis"]
+    assert basis == "no measurement on this device yet"
+    remember("made-on-a-box", processor="Another", timed_by="A Processor")
+    basis = outlook.outlook(str(model), {"sparsity": 0.5})["speed_basis"]
+    assert "2 measurements in 1 run of this model on this device" in basis
 
 
 def test_another_models_measurements_are_named_as_such(model, here, remember, tmp_path):

@@ -338,6 +338,13 @@ def test_the_list_and_what_starts_runs_load_nothing_heavy():
 # ---- what a folder says
 
 
+SPEEDS = [
+    name
+    for name in (field.name for field in dataclasses.fields(Figures))
+    if name not in ("file_bytes", "token_perplexity")
+]
+
+
 def figures(size=80e6, perplexity=20.0, speed=100.0):
     return {
         "file_bytes": size,
@@ -349,7 +356,7 @@ def figures(size=80e6, perplexity=20.0, speed=100.0):
     }
 
 
-def finished(folder, text="builtin-heldout", **pruned):
+def finished(folder, text="builtin-heldout", timed=True, **pruned):
     """Make a folder as a finished run leaves it."""
     folder.mkdir(parents=True)
     recipe = recipes.demo()
@@ -363,8 +370,12 @@ def finished(folder, text="builtin-heldout", **pruned):
         "pruned": figures(**pruned),
         "ratios": {"decode_tokens_per_second": 1.25},
         "settings": settings,
-        "machine": {"processor": "p", "cores": 2},
+        "devices": {"local": {"device": {"cpu": "p", "physical_cores": 2}}} if timed else {},
     }
+    if not timed:
+        for key in SPEEDS:
+            results["dense"][key] = results["pruned"][key] = None
+        del results["ratios"]["decode_tokens_per_second"]
     (folder / worker.RESULTS).write_text(json.dumps(results))
     with LogWriter(folder / worker.EVENTS) as emit:
         emit(RunStarted(folder=str(folder), stages=["source"], pid=1))
@@ -402,7 +413,10 @@ def test_a_run_that_is_just_being_resumed_is_watched(folder, monkeypatch):
     assert seen == [started, stopped]
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"\xff\xfe", b"[]", b'{"dense": 1, "pruned": 2}'])
+DAMAGES = [b"", b"\xff\xfe", b"[]", b'{"dense": 1, "pruned": 2}', b'{"profile": 3}']
+
+
+@pytest.mark.parametrize("damage", [None, *DAMAGES])
 def test_results_that_are_damaged_are_told(folder, damage):
     path = finished(folder) / worker.RESULTS
     path.unlink() if damage is None else path.write_bytes(damage)
@@ -512,6 +526,53 @@ def test_runs_are_compared_with_the_dense_model_and_each_other(tmp_path):
 def test_what_may_not_be_compared_is_told(tmp_path):
     found = comparison.compare([finished(tmp_path / "a"), finished(tmp_path / "b", text="other")])
     assert found.differences == ("Perplexity was measured on different texts, or differently.",)
+
+
+def changed(folder, change):
+    path = folder / worker.RESULTS
+    results = json.loads(path.read_text())
+    change(results)
+    path.write_text(json.dumps(results))
+    return folder
+
+
+def test_runs_that_were_timed_on_different_devices_are_told(tmp_path):
+    def on_a_board(results):
+        results["devices"] = {"pi5": {"device": {"cpu": "Cortex", "physical_cores": 4}}}
+
+    def by_another_name(results):
+        results["devices"] = {"desk": results["devices"]["local"], "pi5": {}}
+
+    here, same = finished(tmp_path / "a"), changed(finished(tmp_path / "b"), by_another_name)
+    assert comparison.compare([here, same]).differences == ()
+    board = changed(finished(tmp_path / "c"), on_a_board)
+    assert comparison.compare([here, board]).differences == (
+        "Speed was measured on different machines.",
+    )
+
+
+def test_runs_that_were_not_timed_are_compared_in_the_rest(tmp_path, call):
+    folders = [finished(tmp_path / "a", timed=False), finished(tmp_path / "b", timed=False)]
+    found = comparison.compare(folders)
+    assert found.differences == ()
+    assert not any(run.on_front for run in found.runs)
+    size, _, *speeds = comparison.cells(found.runs[0])
+    assert size.change == "−20.0 %"
+    assert {(cell.value, cell.change) for cell in speeds} == {("–", "")}
+    assert "<svg" not in comparison.page(found)
+    assert comparison.compare([folders[0], finished(tmp_path / "c")]).differences == ()
+    assert call("runs", "compare", *folders)[0] == 0
+    assert "80.0 MB, perplexity 20" in call("runs")[1]
+
+
+def test_results_of_the_version_before_are_read(folder):
+    def older(results):
+        results["profile"] = results.pop("devices")["local"]
+
+    changed(finished(folder), older)
+    assert runs.describe(folder).pruned.decode_tokens_per_second == 100.0
+    assert worker.read_results(folder)["devices"]["local"]["device"]["cpu"] == "p"
+    assert "profile" not in control.attach(folder)
 
 
 def test_only_finished_runs_are_compared(tmp_path):

@@ -69,7 +69,7 @@ def test_the_comparison_as_markdown(folders: list[Path], tmp_path: Path) -> None
 @pytest.mark.parametrize("size", SIZES)
 def test_runs_are_compared_and_plotted(folders: list[Path], size: tuple[int, int]) -> None:
     results = json.loads((folders[0] / worker.RESULTS).read_text("utf-8"))
-    results["machine"]["cores"] += 1
+    results["devices"]["local"]["device"]["cpu"] = "Another"
     (folders[0] / worker.RESULTS).write_text(json.dumps(results), "utf-8")
 
     async def act(pilot: Pilot[Any]) -> None:
@@ -125,3 +125,15 @@ def test_a_run_that_is_not_finished_is_told(folders: list[Path]) -> None:
         await until(pilot, lambda: not isinstance(pilot.app.screen, CompareScreen))
 
     piloted(act, size=(200, 60))
+
+
+def test_runs_that_were_not_timed_have_no_plots(tmp_path: Path) -> None:
+    folders = [made_runs.finished(tmp_path / name, devices={}) for name in ("one", "other")]
+
+    async def act(pilot: Pilot[Any]) -> None:
+        pilot.app.push_screen(CompareScreen(folders))
+        await until(pilot, lambda: "not on front" in seen(pilot.app))
+        assert "–" in seen(pilot.app)
+        assert not pilot.app.screen.query("#compare-plots Chart")
+
+    piloted(act)

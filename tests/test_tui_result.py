@@ -65,7 +65,7 @@ def test_the_markdown_has_every_figure_and_no_folder_of_this_machine() -> None:
     text = figures.markdown(results)
     assert "/home/ada" not in text
     assert "| Decode (tokens/s) | 80 ± 5 % | 100 ± 5 % | × 1.25 |" in text
-    assert text.count("\n|") == len(report.QUANTITIES) + 2
+    assert text.count("\n|") == len(report.QUANTITIES) - 1 + 2  # the energy is not known
     assert "Perplexity over 9,000 tokens" in text
 
 
@@ -126,6 +126,52 @@ def test_all_of_it_can_be_seen(tmp_path: Path, size: tuple[int, int]) -> None:
         assert bars.region.right <= size[0]
 
     piloted(act, size=size)
+
+
+SUSTAINED = {
+    "minutes": 5.0,
+    "samples": [],
+    "first_minute": 12.0,
+    "last_minute": 8.0,
+    "ratio": 2 / 3,
+}
+
+
+def test_three_devices_are_read_by_scrolling(tmp_path: Path) -> None:
+    board = made_runs.document(speed=12.0, dense_speed=8.0, sustained=SUSTAINED)
+    devices = {"local": made_runs.document(), "pi5": board, "nano-on-the-desk": board}
+    rows = report.results_table(made_runs.results(devices=devices))
+    lines = "\n".join(figures.table(rows)).splitlines()
+    assert max(map(len, lines)) <= 76
+    folder = made_runs.finished(tmp_path / "run", devices=devices)
+
+    async def act(pilot: Pilot[Any]) -> None:
+        screen = await opened(pilot, folder)
+        wanted = {line.strip() for line in lines[1:]} | {"Time between tokens on local, as plotted"}
+        found: set[str] = set()
+
+        def all_seen() -> bool:
+            found.update(text for text in wanted if text in seen(pilot.app))
+            screen.query_one("#result").scroll_relative(y=10, animate=False)
+            return found == wanted
+
+        await until(pilot, all_seen)
+
+    piloted(act)
+
+
+def test_what_was_not_timed_has_no_plots(tmp_path: Path) -> None:
+    folder = made_runs.finished(tmp_path / "run", devices={})
+
+    async def act(pilot: Pilot[Any]) -> None:
+        pilot.app.open_run(folder)  # type: ignore[attr-defined]
+        await until(pilot, lambda: "KL of the export" in seen(pilot.app))
+        pilot.app.screen.query_one("#result").scroll_end(animate=False)
+        await until(pilot, lambda: "not measured." in seen(pilot.app))
+        assert not pilot.app.screen.query("#result-plots Chart")
+        assert "tokens/s" not in seen(pilot.app)
+
+    piloted(act)
 
 
 def test_the_screens_of_results_import_nothing_heavy() -> None:
@@ -199,7 +245,7 @@ def test_the_report_is_opened_by_the_browser(
 
 def _without_profile(path: Path) -> None:
     results = json.loads(path.read_text("utf-8"))
-    del results["profile"]
+    del results["devices"]
     path.write_text(json.dumps(results), "utf-8")
 
 

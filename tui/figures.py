@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from edgeprune import comparison, report, runs, worker
 from edgeprune.comparison import Compared, Comparison
 from edgeprune.errors import BadInput
+from edgeprune.locations import own_name
 from edgeprune.report import Row
 
 MODELS = ("dense", "pruned")
@@ -19,6 +21,8 @@ SIGNS = {True: "▲", False: "▼", None: ""}
 DENSE_MARK = "D"
 MARKS = "123456789abcefghijklmnopqrstuvwxyz"
 NAME_WIDTH = 14
+LABEL_WIDTH = 28
+"""Of the table of one run: with all figures it fits into 80 columns."""
 FULL, GONE = "█", "░"
 SLOWEST = 0.01
 """Share of the tokens that may be slower than what the distribution shows; they are in its last bin."""
@@ -29,12 +33,16 @@ SLOWEST = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of a run. Both ``between`` (ms) and ``decode`` (tokens/s) are by model."""
+    """The results of a run.
+
+    Both ``between`` (ms) and ``decode`` (tokens/s) are by model and of the first device; empty where nothing was timed.
+    """
 
     summary: str
     rows: list[Row]
     conditions: str
     layers: dict[str, list[dict[str, int]]]
+    device: str
     between: dict[str, list[float]]
     decode: dict[str, list[float]]
     markdown: str
@@ -54,12 +62,14 @@ def read(folder: Path) -> Measured:
 
 def measured(results: dict[str, Any]) -> Measured:
     """Make the parsed ``results.json`` ready."""
-    between, decode = report._samples(results["profile"])
+    device, document = next(iter(results["devices"].items()), ("", None))
+    between, decode = report.samples(document) if document else ({}, {})
     return Measured(
         summary=report.summary(results),
         rows=report.results_table(results),
-        conditions=report._conditions(results),
+        conditions=report.conditions(results),
         layers={which: list(results[which]["layers"]) for which in MODELS},
+        device=device if len(results["devices"]) > 1 else "",
         between=between,
         decode=decode,
         markdown=markdown(results),
@@ -69,21 +79,28 @@ def measured(results: dict[str, Any]) -> Measured:
 def markdown(results: dict[str, Any]) -> str:
     """Return the table and its conditions as Markdown, to be passed on."""
     table = [(r.label, r.dense, r.pruned, r.change) for r in report.results_table(results)]
-    name = report.own_name(results["model"]["name"])
+    name = own_name(results["model"]["name"])
     head = f"**{name}, pruned.** {report.summary(results)}"
     lines = _markdown_table(("", "dense", "pruned", "change"), table)
-    return "\n".join([head, "", *lines, "", report._conditions(results), ""])
+    return "\n".join([head, "", *lines, "", report.conditions(results), ""])
 
 
 def verdict(row: Row) -> str:
     """Tell in words whether the pruned model is better in this figure."""
-    return VERDICTS[row.better] if row.change else ""
+    return VERDICTS[row.better] if row.dense and row.change else ""
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Return the lines of the table of ``rows``, under a heading."""
-    cells = [(r.label, r.dense, r.pruned, r.change, verdict(r)) for r in rows]
-    return aligned([("", *MODELS, "change", ""), *cells], left=(0, 4))
+    """Return a text for each of ``rows``, under a heading: a line, or more where the label is long."""
+    wrapper = textwrap.TextWrapper(LABEL_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    labels = [wrapper.wrap(r.label) for r in rows]
+    cells = [
+        (label[-1], r.dense, r.pruned, r.change, verdict(r))
+        for label, r in zip(labels, rows, strict=True)
+    ]
+    heading, *lines = aligned([("", *MODELS, "change", ""), *cells], left=(0, 4))
+    texts = ["\n".join([*label[:-1], line]) for label, line in zip(labels, lines, strict=True)]
+    return [heading, *texts]
 
 
 # ---- layers
@@ -140,15 +157,16 @@ def distribution(
     return [low + step * (index + 0.5) for index in range(bins)], counts
 
 
-def latency_line(between: Mapping[str, Sequence[float]]) -> str:
-    """Return the median and the tail of the time between tokens of each model."""
+def latency_line(between: Mapping[str, Sequence[float]], device: str = "") -> str:
+    """Return the median and the tail of the time between tokens of each model, on ``device`` where there are others."""
     texts = []
     for name, values in between.items():
         ordered = sorted(values)
         shares = ((0.5, "median"), (0.95, "p95"), (0.99, "p99"))
         said = (f"{label} {ordered[round((len(ordered) - 1) * s)]:.3g}" for s, label in shares)
         texts.append(f"{name} {', '.join(said)} ms")
-    return f"Time between tokens: {'; '.join(texts)}."
+    where = f" on {device}, as plotted" if device else ""
+    return f"Time between tokens{where}: {'; '.join(texts)}."
 
 
 # ---- several runs

@@ -99,12 +99,14 @@ class ResultScreen(Screen[None]):
         self._measured = found
         self.query_one("#result-summary", Static).update(found.summary)
         self.query_one("#result-table", Static).update(_table(found.rows))
-        said = f"{found.conditions}\n{figures.latency_line(found.between)}"
-        self.query_one("#result-conditions", Static).update(said)
         bars = LayerWidths(found.layers["dense"], found.layers["pruned"])
         self.query_one("#result-figures").mount(bars)
-        plots = charts.decode(found.decode), charts.latency(found.between)
-        self.query_one("#result-plots").mount(*plots)
+        said = found.conditions
+        if found.between:
+            said += f"\n{figures.latency_line(found.between, found.device)}"
+            plots = charts.decode(found.decode), charts.latency(found.between)
+            self.query_one("#result-plots").mount(*plots)
+        self.query_one("#result-conditions", Static).update(said)
 
     # ---- where to go
 
