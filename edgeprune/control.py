@@ -31,6 +31,7 @@ from edgeprune.events import (
     ignore,
 )
 from edgeprune.log import LogReader, LogWriter, follow, last_session, read_kinds
+from edgeprune.remote import address
 
 End = RunFinished | RunFailed
 
@@ -108,6 +109,12 @@ def outcome(folder: Path, end: End | None, code: int | None = None) -> dict[str,
 
 def failure(folder: Path, end: RunFailed | None, code: int | None = None) -> EdgepruneError:
     """Return the error for a run that ended so; ``code`` is the worker's exit code where it is known."""
+    far = address.read(folder)
+    if end is None and far is not None:
+        again = f"edgeprune attach {worker.shown(folder)}"
+        return Interrupted(
+            f"nothing here watches the run any more; on {far.host} it may go on: {again}"
+        )
     return _died(code, folder) if end is None else _error(end.exit_code, end.error, folder)
 
 
@@ -146,18 +153,28 @@ def last_words(folder: Path) -> str:
 
 
 def record_stop(folder: Path, since: float = 0.0) -> End:
-    """Return how the worker, which is gone, said since then that it ended; else say in the log that it was stopped."""
+    """Return how the worker, which is gone, said since then that it ended; else say in the log that it was stopped.
+
+    The worker of a run on another machine that said nothing has left it at work.
+    """
     session = _milestones(folder)
     end = end_of(session)
     if end is not None and end.time >= since:
         return end
-    stopped = RunFailed(
-        error="stopped", exit_code=worker.INTERRUPTED, next=worker.resume_command(folder)
-    )
-    if session and end is None:
-        with suppress(OSError, EdgepruneError), LogWriter(folder / worker.EVENTS) as emit:
-            emit(stopped)
-    return stopped
+    if session and end is None and address.read(folder) is None:
+        say_stopped(folder)
+    return _stopped(folder)
+
+
+def say_stopped(folder: Path) -> None:
+    """Say in the log of a run without a worker that it was stopped."""
+    with suppress(OSError, EdgepruneError), LogWriter(folder / worker.EVENTS) as emit:
+        emit(_stopped(folder))
+
+
+def _stopped(folder: Path) -> RunFailed:
+    resume = worker.resume_command(folder)
+    return RunFailed(error="stopped", exit_code=worker.INTERRUPTED, next=resume)
 
 
 def _milestones(folder: Path) -> list[Any]:
@@ -258,6 +275,12 @@ def wake(pid: int) -> None:
 
 def _signal(folder: Path, name: str) -> None:
     worker.read_state(folder)
+    far = address.read(folder)
+    if far is not None:
+        stop = f"edgeprune stop {worker.shown(folder)}"
+        raise BadInput(
+            f"{folder}: a run on {far.host} cannot be paused; stop it, to go on later: {stop}"
+        )
     pid = pid_of(folder)
     if pid is None:
         raise BadInput(f"{folder}: no run is at work there; see: edgeprune runs")

@@ -36,6 +36,7 @@ from edgeprune.events import (
 from edgeprune.log import follow
 from edgeprune.quantities import format_bytes
 from edgeprune.recipe import Recipe, SourceSection
+from edgeprune.remote import address
 
 WORKER = (sys.executable, "-m", "edgeprune.worker")
 OWN_FILES = (
@@ -48,6 +49,7 @@ OWN_FILES = (
     worker.RECOVERY,
     worker.TENSORBOARD,
     worker.UNFINISHED,
+    address.FILE,
     lock.FILE,
 )
 FIRST_LOOK = 15.0
@@ -60,6 +62,9 @@ def run(recipe: Recipe | str | Path, folder: str | Path, emit: Emit = ignore) ->
     """Do all that ``recipe`` says in the new or empty ``folder`` and return its results.
 
     ``recipe`` may be the path of a TOML file.
+
+    One on another machine is only watched: it outlives this process, and Ctrl-C is a KeyboardInterrupt that leaves it
+    alone.
 
     Raises:
         BadInput: what was asked cannot be done; ``folder`` is left as it was.
@@ -76,6 +81,14 @@ def resume(folder: str | Path, emit: Emit = ignore) -> dict[str, Any]:
     folder = Path(folder).absolute()
     worker.read_state(folder)
     return _work(folder, emit)
+
+
+def attach(folder: str | Path, emit: Emit = ignore) -> dict[str, Any]:
+    """As ``control.attach``, but have a worker tell again what a run on another machine does if there is none."""
+    folder = Path(folder).absolute()
+    if runs.describe(folder).state == "away":
+        return _work(folder, emit)
+    return control.attach(folder, emit)
 
 
 def start(recipe: Recipe | str | Path, folder: str | Path, emit: Emit = ignore) -> RunStarted:
@@ -124,7 +137,9 @@ def _check(recipe: Recipe | str | Path, folder: Path) -> Recipe:
             recipe = recipes.load(recipe)
         except BadInput as error:
             problems.insert(0, str(error))
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, Recipe) and not (
+        recipe.where and sources.is_on_the_hub(recipe.source.model)  # the box fetches it
+    ):
         problems += _source_problems(recipe.source)
     if problems or not isinstance(recipe, Recipe):
         raise BadInput("\n".join(problems))
@@ -177,6 +192,9 @@ def _discard(folder: Path, existed: bool) -> None:
 
 def _work(folder: Path, emit: Emit) -> dict[str, Any]:
     """Let a worker do what is left of the run in ``folder``."""
+    if runs.is_elsewhere(folder):
+        _leave(folder, ignore, first_look=0.0)
+        return control.attach(folder, emit)
     with _in_charge(folder, emit) as held:
         offset = _log_size(folder)
         process = _spawn(folder, held)
@@ -184,13 +202,13 @@ def _work(folder: Path, emit: Emit) -> dict[str, Any]:
     return control.outcome(folder, end, process.returncode)
 
 
-def _leave(folder: Path, emit: Emit) -> RunStarted:
-    """As ``_work``, but only until the worker can be left alone."""
+def _leave(folder: Path, emit: Emit, first_look: float = FIRST_LOOK) -> RunStarted:
+    """As ``_work``, but only until the worker can be left alone, or has been at it for ``first_look`` seconds."""
     with _in_charge(folder, emit) as held:
         offset = _log_size(folder)
         process = _spawn(folder, held, detached=True)
         lock.hand_over(held, process.pid)
-        started = _watch_the_start(process, folder, offset, emit)
+        started = _watch_the_start(process, folder, offset, emit, first_look)
     # Whoever stays alive reaps the worker when it ends.
     threading.Thread(target=process.wait, daemon=True).start()
     return started
@@ -254,13 +272,13 @@ def _watch(
 
 
 def _watch_the_start(
-    process: subprocess.Popen[bytes], folder: Path, offset: int, emit: Emit
+    process: subprocess.Popen[bytes], folder: Path, offset: int, emit: Emit, first_look: float
 ) -> RunStarted:
     """Pass on the worker's events until it can be left alone; what ends it before is raised, Ctrl-C as well."""
     started: RunStarted | None = None
     failed: RunFailed | None = None
     began = time.time()
-    deadline = time.monotonic() + FIRST_LOOK
+    deadline = time.monotonic() + first_look
 
     def over() -> bool:
         return process.poll() is not None or (started is not None and time.monotonic() > deadline)

@@ -25,12 +25,13 @@ from edgeprune.locations import state_folder
 from edgeprune.log import last_session, read_kinds
 from edgeprune.quantities import format_bytes, format_count
 from edgeprune.recipe import Recipe
+from edgeprune.remote import address
 
 FILE = "runs.json"
 SCHEMA_VERSION = 1
 LOCK_SECONDS = 10.0
 
-State = Literal["running", "paused", "finished", "failed", "stopped", "dead", "missing"]
+State = Literal["running", "paused", "away", "finished", "failed", "stopped", "dead", "missing"]
 AT_WORK: tuple[State, ...] = ("running", "paused")
 
 
@@ -58,7 +59,8 @@ class RunInfo:
     target: str
     """As in "30% sparsity"."""
     state: State
-    """``dead``: its process is gone without a word; ``missing``: there is no run in the folder (any more)."""
+    """``away``: it goes on on another machine, and nothing here watches it; ``dead``: its process is gone without a
+    word; ``missing``: there is no run in the folder (any more)."""
     stage: str
     """Title of the stage at work, or of that at which the run ended early."""
     started: float | None
@@ -149,7 +151,7 @@ def _describe(folder: Path, finished: Mapping[str, Any]) -> RunInfo:
     session = last_session(events)
     end = control.end_of(session)
     pid = control.pid_of(folder)
-    state = _state(folder, end, pid)
+    state = _state(folder, finished, end, pid)
     stage = next((e for e in reversed(session) if isinstance(e, StageStarted)), None)
     results, problem = _results(folder) if state == "finished" else ({}, "")
     recipe = _recipe(folder)
@@ -178,7 +180,9 @@ def _missing(folder: Path, why: str) -> RunInfo:
     )
 
 
-def _state(folder: Path, end: control.End | None, pid: int | None) -> State:
+def _state(
+    folder: Path, finished: Mapping[str, Any], end: control.End | None, pid: int | None
+) -> State:
     # The log first: who watched over a worker that has ended may hold the lock for a moment longer.
     if isinstance(end, RunFinished):
         return "finished"
@@ -186,7 +190,15 @@ def _state(folder: Path, end: control.End | None, pid: int | None) -> State:
         return "stopped" if end.exit_code == worker.INTERRUPTED else "failed"
     if pid is not None and control.is_paused(pid):
         return "paused"
-    return "running" if lock.is_held(folder) else "dead"
+    if lock.is_held(folder):
+        return "running"
+    return "away" if address.read(folder) and "send" in finished else "dead"
+
+
+def is_elsewhere(folder: Path) -> bool:
+    """Tell whether the recipe of the run in ``folder`` is for another machine."""
+    recipe = _recipe(folder)
+    return recipe is not None and recipe.where is not None
 
 
 def _error(folder: Path, state: State, end: control.End | None) -> str:
@@ -201,8 +213,8 @@ def _error(folder: Path, state: State, end: control.End | None) -> str:
 def _next(folder: Path, state: State, problem: str) -> str:
     if state == "finished" and not problem:
         return f"edgeprune attach {worker.shown(folder)}"
-    if state in ("running", "paused"):
-        verb = "attach" if state == "running" else "unpause"
+    if state in ("running", "paused", "away"):
+        verb = "unpause" if state == "paused" else "attach"
         return f"edgeprune {verb} {worker.shown(folder)}"
     return worker.resume_command(folder)
 

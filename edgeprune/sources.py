@@ -15,6 +15,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,6 +103,13 @@ def resolve(
             _fetch(source.name, source.revision, trust_remote_code, emit, weights=True)
         _check_weights(source)
     return source
+
+
+def is_on_the_hub(model: str) -> bool:
+    """Tell whether ``model`` names one of the Hub, and none that is on this machine."""
+    path = Path(model).expanduser()
+    here = model.startswith(WHEEL) or path.exists() or path.suffix == ".gguf"
+    return not here and hub.ID.fullmatch(model) is not None
 
 
 def _find(name: str, revision: str | None, trust_remote_code: bool, emit: Emit) -> Source:
@@ -320,7 +328,22 @@ def load_config(source: Source) -> PreTrainedConfig:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a source; BadInput if it has none or it needs code of its own."""
+    """Return the tokenizer of a source; BadInput if it has none or it needs code of its own.
+
+    That of a GGUF file is made once and shared: nobody changes it.
+    """
+    file = source.path / (source.gguf_file or "")
+    if source.gguf_file and file.is_file():
+        return _tokenizer_of_gguf(source, file.stat().st_mtime_ns)
+    return _tokenizer(source)
+
+
+@lru_cache(maxsize=1)  # transformers needs seconds for it
+def _tokenizer_of_gguf(source: Source, _changed: int) -> PreTrainedTokenizerBase:
+    return _tokenizer(source)
+
+
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not source.gguf_file and not any((source.path / f).is_file() for f in TOKENIZER_FILES):

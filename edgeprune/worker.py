@@ -30,7 +30,7 @@ import psutil
 
 from edgeprune import lock
 from edgeprune import recipe as recipes
-from edgeprune.errors import BadInput, EdgepruneError
+from edgeprune.errors import BadInput, EdgepruneError, Left
 from edgeprune.events import (
     Emit,
     Event,
@@ -103,9 +103,10 @@ class Stage:
 
 
 def _source(work: Work) -> dict[str, Any]:
+    from edgeprune import report
     from edgeprune.preflight import check_source
 
-    return check_source(work.recipe, work.folder, work.emit)
+    return {**check_source(work.recipe, work.folder, work.emit), **report.this_machine()}
 
 
 def _prune(work: Work) -> dict[str, Any]:
@@ -244,14 +245,10 @@ def _perplexity(recipe: Recipe, source: Any, emit: Emit) -> dict[str, Any]:
 
 
 def _profile(work: Work) -> dict[str, Any]:
-    from edgeprune.profiles.profile import profile
+    from edgeprune.profiles import devices
 
-    return profile(
-        work.folder / EXPORT_PRUNED,
-        against=work.folder / EXPORT_DENSE,
-        **work.recipe.profile.model_dump(),
-        emit=work.emit,
-    )
+    both = work.folder / EXPORT_PRUNED, work.folder / EXPORT_DENSE
+    return {"devices": devices.measure(*both, **work.recipe.profile.model_dump(), emit=work.emit)}
 
 
 def _report(work: Work) -> dict[str, Any]:
@@ -301,12 +298,20 @@ STAGES = (
 )
 
 
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """Return what is to be done for ``recipe``: other things where another machine prunes and trains."""
+    if recipe.where is None:
+        return STAGES
+    from edgeprune.remote import box
+
+    return box.stages(recipe, STAGES)
+
+
 # ---- working through them
 
 
-def work_through(folder: Path, stages: Sequence[Stage], emit: Emit) -> None:
+def work_through(folder: Path, recipe: Recipe, stages: Sequence[Stage], emit: Emit) -> None:
     """Do the stages that are not finished yet, in order, and keep each one's result."""
-    recipe = recipes.load(folder / RECIPE)
     finished = _finished(folder, stages)
     remove(folder / UNFINISHED)
     for stage in stages[len(finished) + 1 :]:  # made from what is to be made again
@@ -381,13 +386,15 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """Return ``results.json`` of a finished run. BadInput if it is gone or damaged."""
+    from edgeprune import report
+
     try:
         results = json.loads((folder / RESULTS).read_text("utf-8"))
     except (OSError, ValueError):
         results = None
     if not isinstance(results, dict):
         raise damaged_results(folder)
-    return results
+    return report.current(results)
 
 
 def damaged_results(folder: Path) -> BadInput:
@@ -433,7 +440,10 @@ def _try(folder: Path, emit: Emit, detached: bool) -> RunFailed | None:
     resume = resume_command(folder)
     try:
         _obey(folder, emit, detached)
-        work_through(folder, STAGES, emit)
+        recipe = recipes.load(folder / RECIPE)
+        work_through(folder, recipe, stages_of(recipe), emit)
+    except Left:
+        return None
     except EdgepruneError as error:
         return RunFailed(error=str(error), exit_code=error.exit_code, next=resume)
     except KeyboardInterrupt:
