@@ -33,9 +33,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/edgeprune demo
 
-# two files of tests at a time, each on one thread: they wait for processes more than they compute
+# two files of tests at a time, each on one thread: they wait for processes more than they compute;
+# in the order of tests/conftest.py
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff check

@@ -22,6 +22,39 @@ import pytest
 hypothesis.settings.register_profile("edgeprune", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("edgeprune")
 
+LONGEST = [
+    "end_to_end",
+    "run",
+    "tui_terminal",
+    "tui_wizard",
+    "tui_end_to_end",
+    "distributed",
+    "resume",
+    "tui_snapshots",
+    "recover",
+    "trainer",
+    "footprint",
+    "sources",
+    "checkpoint",
+    "tui_web",
+    "box",
+    "low_memory",
+    "export",
+    "light_training",
+    "pruner",
+    "tui_run",
+    "tui_result",
+    "tui_chat",
+]
+"""The files of tests that take longest, roughly in that order."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the files, those that take longest come first: none is left alone with one at the end."""
+    if hasattr(config, "workerinput"):
+        rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_state_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

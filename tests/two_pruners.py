@@ -1,9 +1,5 @@
-"""One process of several that prune and train in turns, for ``test_recover_distributed.py``; started by torchrun.
+"""What one of several processes does that prune and train in turns, for ``test_distributed.py``."""
 
-Usage: two_pruners.py FOLDER. Prunes FOLDER/dense to FOLDER/replicated and FOLDER/sharded, one after the other.
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -48,10 +44,7 @@ def interleave(folder: Path, name: str, **others) -> dict:
 
 
 def main(folder: Path) -> None:
+    """Prune FOLDER/dense to FOLDER/replicated and FOLDER/sharded, one after the other."""
     machine.compute_dtype = lambda *_: torch.float32
     interleave(folder, "replicated")
     interleave(folder, "sharded", sharded=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,10 +1,6 @@
-"""One process of several that train together, for ``test_trainer_distributed.py``; started by torchrun.
-
-Usage: two_trainers.py FOLDER. The main process writes the losses of each way to FOLDER/losses.json.
-"""
+"""What one of several processes does that train together, for ``test_distributed.py``."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from edgeprune import machine, sources
+from edgeprune.errors import BadInput
 from edgeprune.events import Evaluation, TrainStep
 from edgeprune.recovery import packing, teacher_cache
 from edgeprune.recovery.mixture import parse_sources
@@ -90,10 +87,20 @@ def is_given_as_recorded(accelerator, data) -> bool:
     return set(seen) == {torch.float16}
 
 
+def refusal(accelerator) -> str:
+    """Return what is said of a batch that two processes cannot share."""
+    try:
+        train(accelerator, settings=replace(SETTINGS, batch=9))
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path) -> None:
+    """Train in all ways; the main process writes the losses of each to FOLDER/losses.json."""
     machine.compute_dtype = lambda *_: torch.float32
     accelerator = Accelerator(cpu=True)
-    found = {"replicated": train(accelerator)}
+    found = {"refused": refusal(accelerator), "replicated": train(accelerator)}
     spread = train(accelerator, folder / "kept", stop=3, sharded=True)
     accelerator.wait_for_everyone()
     found["sharded"] = spread + train(accelerator, folder / "kept", sharded=True)
@@ -104,7 +111,3 @@ def main(folder: Path) -> None:
     found["kept in half precision"] = is_given_as_recorded(accelerator, data)
     if accelerator.is_main_process:
         (folder / "losses.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
