@@ -27,6 +27,8 @@ from edgeprune import library, recipe, run, runs, worker
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted
 from edgeprune.events import Emit, Event, Note, Progress
 from edgeprune.recipe import Recipe
+from edgeprune.remote import hosts
+from edgeprune.remote.hosts import Host
 
 Part = Callable[[Any], None]
 
@@ -63,6 +65,11 @@ class Server:
             "start": self._start,
             "resume": self._resume,
             "export": self._export if alone else self._export_elsewhere,
+            "hosts": self._hosts,
+            "host_check": self._host_check,
+            "host_add": self._host_add,
+            "host_trust": self._host_trust,
+            "host_remove": self._host_remove,
         }
 
     def serve(self, lines: Iterable[bytes]) -> None:
@@ -164,16 +171,11 @@ class Server:
         self._engine_ready.wait()
         from edgeprune import preflight
 
-        checks = preflight.checks(_read(recipe), Path(folder).absolute())
         ok = True
-        while check := self._next(checks):
+        for check in preflight.checks(_read(recipe), Path(folder).absolute(), turn=self._building):
             part(asdict(check))
             ok = ok and check.state != "failed"
         return {"ok": ok}
-
-    def _next(self, checks: Any) -> Any:
-        with self._building:
-            return next(checks, None)
 
     # ---- work
 
@@ -232,6 +234,56 @@ class Server:
                 else:
                     return dict(told["answer"])
         raise EdgepruneError("the export's process ended without a word (out of memory?)")
+
+    # ---- other machines
+
+    def _hosts(self, _part: Part) -> list[dict[str, Any]]:
+        return [
+            {"name": host.name, "url": host.url, "kind": host.kind} for host in hosts.list_hosts()
+        ]
+
+    def _host_check(self, _part: Part, name: str) -> dict[str, Any]:
+        return _examined(hosts.find(name))
+
+    def _host_add(
+        self, _part: Part, name: str, url: str, kind: hosts.Kind = "box"
+    ) -> dict[str, Any]:
+        """Save a host that can be reached and has a key that is known."""
+        user, address, port = hosts.parse_url(url)
+        host = hosts.Host(name=name, address=address, user=user, port=port, kind=kind)
+        if any(each.name == name for each in hosts.list_hosts()):
+            raise BadInput(f"{name} is saved already; take another name, or remove that one first")
+        hosts.refuse(host, replace=True)
+        found = _examined(host)
+        if "unknown_key" not in found:
+            hosts.add(host)
+        return found
+
+    def _host_trust(self, _part: Part, host: str, fingerprint: str) -> None:
+        from edgeprune.remote.connection import trust
+
+        trust(hosts.find(host), fingerprint)
+
+    def _host_remove(self, _part: Part, name: str) -> None:
+        hosts.remove(name)
+
+
+def _examined(host: Host) -> dict[str, Any]:
+    """Return what there is on a host, or its key, if that is not known yet, as ``unknown_key``."""
+    from edgeprune.remote import check
+    from edgeprune.remote.connection import UnknownHostKey, connect
+
+    try:
+        with connect(host) as link:
+            return check.examine(link)
+    except UnknownHostKey as error:
+        return {
+            "unknown_key": {
+                "machine": error.machine,
+                "algorithm": error.algorithm,
+                "fingerprint": error.fingerprint,
+            }
+        }
 
 
 def _parsed(line: bytes) -> tuple[Any, str, dict[str, Any]]:

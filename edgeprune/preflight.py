@@ -1,14 +1,17 @@
 """What can be checked of a run before it starts any work: with the figures, and what to do where something is wrong.
 
-``checks`` does all of it one after the other for a list that ticks, and fetches no weights. ``check_source`` is a run's
-own first stage: it fetches the model, and tells all problems at once.
+``checks`` does all of it one after the other for a list that ticks, and fetches no weights; of the machines that the
+recipe names, it asks those. ``check_source`` is a run's own first stage, on the machine that prunes: it fetches the
+model, and tells all problems at once.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +22,7 @@ from edgeprune.events import Emit, Note, ignore
 from edgeprune.inspection import inspect
 from edgeprune.quantities import format_bytes, format_count
 from edgeprune.recipe import TARGETS, Recipe
+from edgeprune.remote import hosts
 from edgeprune.shards import INDEX, SINGLE
 from edgeprune.sources import Source
 from edgeprune.texts import COLUMNS, is_builtin, local_file, read_rows, read_texts
@@ -116,6 +120,10 @@ class Step:
     needs_model: bool = False
     if_recovers: bool = False
     """It has to do with training alone."""
+    if_here: bool = False
+    """It has to do with a machine that prunes and trains, and looks at this one."""
+    far: bool = False
+    """It asks another machine."""
 
     def check(self, plan: Plan) -> Check:
         """Make the check; what the user must mend is told and not raised."""
@@ -126,25 +134,50 @@ class Step:
         except BadInput as error:
             return self.finds(Finding.of(error))
 
+    def check_all(self, plan: Plan) -> Check:
+        """As ``check``, but tell, too, what is not for the user to mend: the Hub, a disk, a link."""
+        try:
+            return self.check(plan)
+        except EdgepruneError as error:
+            return self.finds(Finding.of(error))
+
     def finds(self, found: Finding) -> Check:
         """Put the check's name to what it found."""
         return Check(self.name, self.title, found.state, found.text, found.mend)
 
 
-def checks(recipe: Recipe, folder: Path, emit: Emit = ignore) -> Iterator[Check]:
+def checks(
+    recipe: Recipe,
+    folder: Path,
+    emit: Emit = ignore,
+    turn: AbstractContextManager[object] | None = None,
+) -> Iterator[Check]:
     """Check a run of ``recipe`` in ``folder``, one thing after the other; weights are not fetched.
 
-    ``emit`` hears of the download of a config.
+    ``emit`` hears of the download of a config. ``turn`` is held while something is worked out here, and not while
+    another machine is asked.
     """
     plan = Plan(recipe, folder)
     model = Step("model", "Model", lambda plan: _find(plan, emit))
-    for step in (model, *BEFORE, *OF_THE_RUN):
-        if recipe.recover is None and step.if_recovers:
+    for step in (model, *BEFORE, *OF_THE_RUN, *_elsewhere(recipe)):
+        if (step.if_recovers and recipe.recover is None) or (step.if_here and recipe.where):
             continue
-        try:
-            yield step.check(plan)
-        except EdgepruneError as error:  # the Hub, a disk
-            yield step.finds(Finding.of(error))
+        with nullcontext() if step.far or turn is None else turn:
+            found = step.check_all(plan)
+        yield found
+
+
+def _elsewhere(recipe: Recipe) -> list[Step]:
+    """Return what is to be looked at where other machines prune or measure."""
+    devices = [name for name in recipe.profile.devices if name != hosts.LOCAL]
+    box = (Step("disk", "Disk", _disk_for_results, True), Step("box", "Box", _box, far=True))
+    return [
+        *(box if recipe.where else ()),
+        *(
+            Step(f"device-{name}", f"Device {name}", partial(_device, name), far=True)
+            for name in devices
+        ),
+    ]
 
 
 def check_source(recipe: Recipe, folder: Path, emit: Emit) -> dict[str, Any]:
@@ -185,7 +218,7 @@ def _find(plan: Plan, emit: Emit) -> Finding:
         weights=False,
         emit=emit,
     )
-    finding = _weights(source)
+    finding = _weights(source, _fetcher(plan.recipe))
     if finding.state != "failed":
         plan.source, plan.shape = source, inspect(source)
         what = f"{source.title}, {format_count(plan.shape['parameters'])} parameters"
@@ -193,8 +226,21 @@ def _find(plan: Plan, emit: Emit) -> Finding:
     return finding
 
 
-def _weights(source: Source) -> Finding:
+def _fetcher(recipe: Recipe) -> str:
+    """Return the machine that fetches the model's weights from the Hub, if that is another one."""
+    if recipe.where is None or not sources.is_on_the_hub(recipe.source.model):
+        return ""
+    try:
+        carried = hosts.find(recipe.where.on).wheelhouse is not None
+    except BadInput:  # told by the box's own check
+        carried = False
+    return "" if carried else recipe.where.on
+
+
+def _weights(source: Source, fetcher: str = "") -> Finding:
     """Check the weights that are here, and say how much is still to be downloaded."""
+    if fetcher:
+        return Finding("ok", f"{fetcher} downloads its weights")
     if source.kind == "hub" and not _are_cached(source.path):
         return _download(source)
     if not source.gguf_file:
@@ -277,15 +323,31 @@ def _libraries(_plan: Plan) -> Finding:
 
 
 def _disk(plan: Plan) -> Finding:
-    # The pruned checkpoint and both exports, none larger than the model in float32. Training: the models of two
-    # stages before and after it, and three checkpoints (one unfinished) of weights and two moments.
-    copies = 3 + (4 + 9 if plan.recipe.recover is not None else 0)
-    need = copies * _shape(plan)["parameters"] * WEIGHT_BYTES + ROOM
+    return _room(plan, _bytes_of_run(plan), "the run")
+
+
+def _disk_for_results(plan: Plan) -> Finding:
+    return _room(plan, _bytes_of_results(plan), "what comes home")
+
+
+def _room(plan: Plan, need: int, what: str) -> Finding:
     free = machine.disk_free(plan.folder)
-    text = f"{shown(plan.folder.absolute())}: {format_bytes(free)} free, and the run may need {format_bytes(need)}"
+    text = f"{shown(plan.folder.absolute())}: {format_bytes(free)} free, and {what} may need {format_bytes(need)}"
     if need <= free:
         return Finding("ok", text)
     return Finding("failed", text, "free some space or name another disk with -o DIR")
+
+
+def _bytes_of_results(plan: Plan) -> int:
+    # The pruned checkpoint and both exports, none larger than the model in float32.
+    return 3 * _shape(plan)["parameters"] * WEIGHT_BYTES + ROOM
+
+
+def _bytes_of_run(plan: Plan) -> int:
+    # Training: the models of two stages before and after it, and three checkpoints (one unfinished) of weights and
+    # two moments.
+    copies = 4 + 9 if plan.recipe.recover is not None else 0
+    return _bytes_of_results(plan) + copies * _shape(plan)["parameters"] * WEIGHT_BYTES
 
 
 def _shape(plan: Plan) -> dict[str, Any]:
@@ -342,6 +404,80 @@ def _train_memory(plan: Plan) -> Finding:
     return Finding("ok", needed.text) if needed.possible else Finding.of(BadInput(needed.text))
 
 
+# ---- other machines
+
+
+def _box(plan: Plan) -> Finding:
+    assert plan.recipe.where is not None
+    name = plan.recipe.where.on
+    found = _examined(name, "box")
+    if isinstance(found, Finding):
+        return found
+    free, cards = found["storage"]["free_bytes"], found["graphics"]["cards"]
+    gpus = ", ".join(card["name"] for card in cards) or "no GPU"
+    text = f"{_machine(name, found)}, {gpus}, {format_bytes(free)} of disk free"
+    need = _bytes_of_run(plan) if plan.shape is not None else 0
+    if need > free:
+        mend = "free some there, or name another box"
+        return Finding("failed", f"{text}, and the run may need {format_bytes(need)}", mend)
+    return _with_problems(name, text, found)
+
+
+def _device(name: str, plan: Plan) -> Finding:
+    found = _examined(name, "board")
+    if isinstance(found, Finding):
+        return found
+    free = found["device"]["memory_available_bytes"]
+    text = f"{_machine(name, found)}, {'unknown' if free is None else format_bytes(free)} free"
+    if plan.shape is not None and free is not None:
+        text += f"; the dense export takes about {format_bytes(_bytes_to_measure(plan))}"
+        if _bytes_to_measure(plan) > free:
+            return Finding("failed", text, "close programs there, or measure elsewhere")
+    return _with_problems(name, text, found)
+
+
+def _bytes_to_measure(plan: Plan) -> int:
+    """Return the memory that the dense export takes at least; the pruned one is loaded beside it."""
+    from edgeprune.exporters.sizes import file_bytes
+    from edgeprune.profiles.runner import MEMORY_FACTOR
+
+    return int(file_bytes(plan.known.config, plan.recipe.export.precision) * MEMORY_FACTOR)
+
+
+def _examined(name: str, kind: hosts.Kind) -> dict[str, Any] | Finding:
+    """Return what there is on a host for that kind of work, or why that cannot be told."""
+    from edgeprune.remote import check
+    from edgeprune.remote.connection import UnknownHostKey, Unreachable, connect
+
+    try:
+        with connect(replace(hosts.find(name), kind=kind)) as link:
+            return check.examine(link)
+    except (Unreachable, UnknownHostKey) as error:
+        return Finding("failed", str(error), _look_at(name))
+
+
+def _machine(name: str, found: dict[str, Any]) -> str:
+    memory = found["device"]["memory_bytes"]
+    return (
+        f"{name}: {found['system']['os']}, Python {found['python']['version']}, "
+        f"{'unknown' if memory is None else format_bytes(memory)} of memory"
+    )
+
+
+def _with_problems(name: str, text: str, found: dict[str, Any]) -> Finding:
+    """Say, too, what is missing on a host and what would mend it."""
+    problems = found["problems"]
+    if not problems:
+        return Finding("ok", text)
+    state: State = "failed" if any(each["required"] for each in problems) else "warning"
+    lines = [f"{each['what']} (to mend it: {each['mend']})" for each in problems]
+    return Finding(state, "\n".join([text, *lines]), _look_at(name))
+
+
+def _look_at(name: str) -> str:
+    return f"edgeprune hosts check {shlex.quote(name)}"
+
+
 # ---- the recipe
 
 
@@ -392,12 +528,12 @@ BEFORE = (
     Step("folder", "Output folder", _folder),
     Step("libraries", "Library versions", _libraries),
     Step("target", "Target", _target, needs_model=True),
-    Step("prune-memory", "Memory for pruning", _prune_memory, needs_model=True),
-    Step("train-memory", "Memory for training", _train_memory, True, if_recovers=True),
+    Step("prune-memory", "Memory for pruning", _prune_memory, needs_model=True, if_here=True),
+    Step("train-memory", "Memory for training", _train_memory, True, True, if_here=True),
 )
 """What the stages of a run find out by themselves."""
 OF_THE_RUN = (
-    Step("disk", "Disk", _disk, needs_model=True),
+    Step("disk", "Disk", _disk, needs_model=True, if_here=True),
     Step("lengths", "Lengths", _lengths, needs_model=True),
     Step("calibration", "Calibration text", lambda plan: _text(plan.recipe.prune.calibration)),
     Step("evaluation", "Evaluation text", lambda plan: _text(plan.recipe.evaluate.text)),

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+from sshd import Sshd
+from sshd import sshd as sshd
 
 from edgeprune import answers, control, lock, runs, worker
 from edgeprune.events import Note
 from edgeprune.log import read_kinds
+from edgeprune.remote import hosts
 from edgeprune.sources import load_config, resolve
+from edgeprune.tui import wording
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 # an answers process whose runs cost nothing, on a model that need not exist
@@ -242,3 +246,77 @@ def test_work_that_nobody_waits_for_any_more_is_interrupted_at_its_next_word():
     server._closing = closed
     server.serve(lines())
     assert said == ["before", {"id": 1, "error": "stopped", "exit_code": 1}]
+
+
+# ---- other machines
+
+
+@pytest.fixture
+def asked_of_hosts(sshd):
+    """An answers process that has the home and the settings of this test."""
+    process = Asked("-m", "edgeprune.answers")
+    yield process
+    assert process.end() == 0
+
+
+def test_a_host_is_added_when_its_key_is_trusted_then_checked_and_removed(
+    asked_of_hosts, sshd: Sshd
+):
+    def ask(question, **args):
+        *_, last = asked_of_hosts.ask(question, **args)
+        return last.get("answer", last)
+
+    sshd.forget_key()
+    new = {"name": "box", "url": sshd.url, "kind": "board"}
+    key = ask("host_add", **new)["unknown_key"]
+    assert key == {
+        **{"machine": f"[127.0.0.1]:{sshd.port}", "algorithm": "ssh-ed25519"},
+        "fingerprint": sshd.fingerprint,
+    }
+    assert ask("hosts") == []
+    refused = ask("host_trust", host=sshd.url, fingerprint="SHA256:another")
+    assert (refused["exit_code"], sshd.known_hosts.exists()) == (2, False)
+    assert ask("host_trust", host=sshd.url, fingerprint=key["fingerprint"]) is None
+    found = ask("host_add", **new)
+    assert {"system", "python", "storage", "graphics", "device", "problems"} <= set(found)
+    assert ask("hosts") == [new]
+    assert "is saved already" in ask("host_add", **new)["error"]
+    assert ask("host_check", name="box")["device"].keys() == found["device"].keys()
+    assert wording.host_lines(found)
+    assert ask("host_remove", name="box") is None
+    assert ask("hosts") == []
+
+
+def test_a_host_that_cannot_be_reached_is_not_saved(asked_of_hosts, sshd: Sshd):
+    sshd.stop()
+    for name, url, words in (
+        ("box", sshd.url, "cannot be reached"),
+        ("a b", sshd.url, "is no name for a host"),
+        ("box", "https://x", "is no host"),
+    ):
+        (told,) = asked_of_hosts.ask("host_add", name=name, url=url)
+        assert words in told["error"]
+    assert asked_of_hosts.ask("hosts")[-1]["answer"] == []
+    (told,) = asked_of_hosts.ask("host_check", name="gone")
+    assert (told["exit_code"], "no such host" in told["error"]) == (2, True)
+
+
+def test_the_checks_of_a_run_elsewhere_ask_the_machines(
+    asked_of_hosts, sshd: Sshd, model, tmp_path
+):
+    hosts.add(sshd.host)
+    recipe = (
+        f'[source]\nmodel = "{model}"\n[prune]\nsparsity = 0.3\n[evaluate]\nwindow = 128\n'
+        '[where]\non = "far"\n[profile]\ndevices = ["far"]\n'
+    )
+    *parts, _ = asked_of_hosts.ask("preflight", recipe=recipe, folder=str(tmp_path / "run"))
+    checks = {each["part"]["name"]: each["part"] for each in parts}
+    for name in ("box", "device-far"):
+        assert checks[name]["text"].startswith("far: "), checks[name]
+        assert "of memory" in checks[name]["text"]
+    assert {"prune-memory", "train-memory"}.isdisjoint(checks)
+    sshd.stop()
+    *parts, last = asked_of_hosts.ask("preflight", recipe=recipe, folder=str(tmp_path / "run"))
+    lost = parts[-1]["part"]
+    assert (lost["state"], lost["mend"]) == ("failed", "edgeprune hosts check far")
+    assert last["answer"] == {"ok": False}

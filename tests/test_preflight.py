@@ -1,13 +1,19 @@
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import tiny
+from wizardry import EXAMINED
 
 from edgeprune import machine, preflight, recipe
 from edgeprune.errors import BadInput
 from edgeprune.events import Note
+from edgeprune.remote import check as checking
+from edgeprune.remote import connection, hosts
+from edgeprune.remote.connection import UnknownHostKey, Unreachable
 from edgeprune.sources import Source
 
 SHAPE = {"parameters": 1_000_000_000, "max_position_embeddings": 256}
@@ -164,3 +170,116 @@ def test_weights_on_the_hub_are_counted_and_not_fetched(ticked, monkeypatch, tmp
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     assert "the Hub cannot be asked for it (no route to host)" in ticked()["model"].text
+
+
+# ---- other machines
+
+ELSEWHERE = {"where": {"on": "lab"}, "profile": {"devices": ["local", "pi5"]}}
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """Two saved hosts, "lab" and "pi5", that are as EXAMINED but for ``far.changes``; no network is used."""
+    hosts.add(hosts.Host(name="lab", address="lab.example"))
+    hosts.add(hosts.Host(name="pi5", address="10.0.0.7", kind="box"))
+    found = SimpleNamespace(connected=[], changes={}, error=None)
+
+    @contextmanager
+    def connect(host):
+        found.connected.append((host.name, host.kind))
+        if found.error:
+            raise found.error
+        yield host
+
+    def examine(_link):
+        parts = {key: EXAMINED[key] | value for key, value in found.changes.items()}
+        return {**EXAMINED, "problems": [], **parts}
+
+    monkeypatch.setattr(connection, "connect", connect)
+    monkeypatch.setattr(checking, "examine", examine)
+    return found
+
+
+def test_a_run_on_other_machines_is_checked_there(ticked, far, monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(GB, 1_000_000))
+    found = ticked(recover={"data": ["builtin"], "tokens": "100k", "length": 128}, **ELSEWHERE)
+    assert set(found) == {
+        *("model", "folder", "libraries", "target", "lengths", "calibration", "evaluation"),
+        *("data", "disk", "box", "device-pi5"),
+    }
+    assert {each.state for each in found.values()} == {"ok"}
+    assert far.connected == [("lab", "box"), ("pi5", "board")]
+    assert "what comes home may need" in found["disk"].text
+    assert found["box"].title == "Box"
+    assert found["box"].text.startswith("lab: Debian GNU/Linux 12 (bookworm), Python 3.11.2, 8.20")
+    assert found["box"].text.endswith("no GPU, 21.4 GB of disk free")
+    assert found["device-pi5"].title == "Device pi5"
+    assert "7.40 GB free; the dense export takes about" in found["device-pi5"].text
+
+
+def test_a_machine_without_room_is_told_before_anything_is_sent(ticked, far):
+    far.changes = {
+        "storage": {"free_bytes": 1000},
+        "device": {"memory_available_bytes": 1000},
+    }
+    found = ticked(**ELSEWHERE)
+    assert (found["box"].state, found["device-pi5"].state) == ("failed", "failed")
+    assert "1.00 kB of disk free, and the run may need" in found["box"].text
+    assert found["device-pi5"].mend == "close programs there, or measure elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Unreachable("lab: lab.example does not answer within 20 s"), "does not answer"),
+        (UnknownHostKey("lab", "lab.example", "ssh-rsa", "SHA256:x"), "not known yet: ssh-rsa"),
+    ],
+)
+def test_a_machine_that_cannot_be_asked_is_told_with_what_to_do(ticked, far, error, said):
+    far.error = error
+    found = ticked(**ELSEWHERE)["box"]
+    assert (found.state, found.mend) == ("failed", "edgeprune hosts check lab")
+    assert said in found.text
+
+
+def test_a_machine_that_nobody_saved_is_told(ticked, far):
+    found = ticked(profile={"devices": ["gone"]})
+    assert found["device-gone"].text == "gone: no such host; saved are: lab, pi5"
+    assert found["device-gone"].mend.startswith("add it with: edgeprune hosts add")
+    assert far.connected == []
+    assert "prune-memory" in found
+
+
+@pytest.mark.parametrize(("required", "state"), [(True, "failed"), (False, "warning")])
+def test_what_is_missing_on_a_machine_is_told(ticked, far, monkeypatch, required, state):
+    problem = {"what": "no venv", "mend": "sudo apt install python3-venv", "required": required}
+    monkeypatch.setattr(checking, "examine", lambda _link: {**EXAMINED, "problems": [problem]})
+    found = ticked(where={"on": "lab"})["box"]
+    assert (found.state, found.mend) == (state, "edgeprune hosts check lab")
+    assert found.text.endswith("\nno venv (to mend it: sudo apt install python3-venv)")
+
+
+def test_other_machines_are_asked_while_others_have_their_turn(model, tmp_path, far):
+    turn = threading.Lock()
+    data = {"source": {"model": str(model)}, "prune": {"sparsity": 0.3}, **ELSEWHERE}
+    free = []
+    far.connected = SimpleNamespace(append=lambda _host: free.append(not turn.locked()))
+    list(preflight.checks(recipe.parse(data), tmp_path / "run", turn=turn))
+    assert free == [True, True]
+
+
+def test_a_runs_own_first_stage_asks_no_other_machine(check, far):
+    check(**{**ELSEWHERE, "profile": {**ELSEWHERE["profile"], "prompt": 64, "generate": 64}})
+    assert far.connected == []
+
+
+def test_weights_of_the_hub_are_for_the_box_to_fetch(ticked, far, monkeypatch, tmp_path, model):
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    described = Source("one/model", "hub", tmp_path, revision="a" * 40)
+    monkeypatch.setattr(preflight.sources, "resolve", lambda *a, **k: described)
+    monkeypatch.setattr(preflight, "_bytes_to_download", lambda _source: 5 * GB)
+    wanted = {"source": {"model": "one/model"}, "where": {"on": "lab"}}
+    assert "lab downloads its weights" in ticked(**wanted)["model"].text
+    carried = hosts.Host(name="lab", address="lab.example", wheelhouse="wheels")
+    hosts.add(carried, replace=True)
+    assert "5.00 GB will be downloaded" in ticked(**wanted)["model"].text

@@ -166,7 +166,7 @@ def test_the_app_imports_nothing_heavy() -> None:
     code = (
         "import sys, asyncio\n"
         "from edgeprune.tui.app import EdgepruneApp\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'pydantic', 'typer', 'plotext'}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'pydantic', 'typer', 'plotext', 'asyncssh'}\n"
         "async def main():\n"
         "    app = EdgepruneApp()\n"
         "    async with app.run_test() as pilot:\n"

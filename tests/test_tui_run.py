@@ -7,12 +7,13 @@ import random
 import shutil
 import sys
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pilots import FixedAnswers, piloted, seen, until
 
-from edgeprune import control, lock, worker
+from edgeprune import control, lock, runs, worker
 from edgeprune import recipe as recipes
 from edgeprune import run as engine
 from edgeprune.errors import BadInput
@@ -30,11 +31,14 @@ from edgeprune.events import (
     ignore,
 )
 from edgeprune.log import LogWriter
+from edgeprune.remote import address
 from edgeprune.tui.app import EdgepruneApp
+from edgeprune.tui.screens import start
 from edgeprune.tui.screens.message import MessageScreen
+from edgeprune.tui.screens.question import StopScreen
 from edgeprune.tui.screens.run import RunScreen
-from edgeprune.tui.screens.stop import StopScreen
 from edgeprune.tui.watching import Watcher
+from edgeprune.tui.widgets import run_text
 from edgeprune.tui.widgets.run_log import RunLog
 
 RECIPE = recipes.parse_toml('[source]\nmodel = "some/model"\n[prune]\nsparsity = 0.3\n')
@@ -393,6 +397,44 @@ def test_resume_asks_the_engine_and_a_refusal_is_shown(folder, monkeypatch):
 
     with at_work(folder):
         show(folder, act, resume=resume)
+
+
+def test_a_run_that_goes_on_elsewhere_is_attached_to_again(folder):
+    address.write(folder, address.Far("lab", "run-1"))
+    worker.write_state(folder, {"send": {"seconds": 1.0, "result": {}}})
+    started = RunStarted(folder="run", stages=["send", *NAMES], finished=["send"], pid=1)
+    write(folder, started, StageStarted(stage="source", title="Check the source model"))
+    runs.remember(folder)
+    asked = []
+
+    def resume(on_part, folder):
+        asked.append(folder)
+        write(Path(folder), RunStarted(folder=folder, stages=["send", *NAMES], pid=1))
+        return {}
+
+    async def act(pilot, screen):
+        await until_seen(pilot, "→ away", "on lab", "▶source", "Press a to attach again")
+        await until_seen(pilot, "edgeprune attach", "a Attach")
+        assert not {"p Pause", "s Stop", "r Resume"} & set(seen(pilot.app).split("  "))
+        await pilot.press("escape")
+        await until_seen(pilot, "→ away")
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, RunScreen))
+        await until_seen(pilot, "a Attach")
+        with at_work(folder):
+            await pilot.press("a")
+            await until_seen(pilot, "▶ running", "s Stop")
+            assert "Pause" not in seen(pilot.app)  # what another machine does cannot stand still
+        assert asked == [str(folder)]
+
+    show(folder, act, resume=resume)
+
+
+def test_a_state_that_only_a_newer_engine_knows_is_shown(folder):
+    write(folder, *beginning())
+    info = replace(runs.describe(folder), state="asleep")
+    assert "? asleep" in run_text.about(info, "").plain
+    assert start.sign(info.state) == "? asleep"
 
 
 def test_other_themes_and_no_colour(folder, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 from pilots import seen, until
 from textual.pilot import Pilot
 from textual.widgets import Input
-from wizardry import Engine, checks
+from wizardry import EXAMINED, HOSTS, KEY, Engine, checks
 
 from edgeprune import lock, runs, worker
 from edgeprune import recipe as recipes
@@ -49,6 +49,8 @@ from edgeprune.tui.widgets import chat_pane, run_log
 
 SMALL, LARGE = "80x24", "200x60"
 LOOKS = {SMALL: ((80, 24), "textual-dark"), LARGE: ((200, 60), "textual-light")}
+AT_REST = ("follow", "add")
+"""Workers that do not end by themselves: one looks at a run, one waits for what the user says to a key."""
 STILL = 3
 """Looks at a screen that must be alike before its picture is taken."""
 
@@ -62,6 +64,7 @@ UNSTABLE = (
     "the loss of update 121 is not a number: go on from checkpoint 100 with a lower learning rate"
 )
 MIXTURE = Choice(recovery="quick", data=("adapt-pruner",))
+ELSEWHERE = Choice(where="lab-4090", devices=("local", "pi5"))
 CHECKS = (
     ("ok", "Model", "SmolLM2-135M-Instruct, 134.5M parameters; its weights are here, 145.0 MB", ""),
     ("ok", "Output folder", "runs/smollm2-30pct is free", ""),
@@ -258,6 +261,13 @@ SCREENS: dict[str, tuple[Go, Sequence[str]]] = {
     "recipe": (at(RecipeScreen, MIXTURE), ["about 5 h"]),
     "show": (at(TargetScreen, MIXTURE), ["125.0 MB -> 106.2 MB", "ctrl+o", "edgeprune run"]),
     "licences": (at(RecipeScreen, MIXTURE), ["about 5 h", "enter", "Whether you may"]),
+    "elsewhere": (at(RecipeScreen, ELSEWHERE), ["lab-4090 takes another time"]),
+    "hosts": (lambda app: app.show_hosts(), ["lab-4090", "j enter", "✗ 1 missing"]),
+    "host-add": (lambda app: app.show_hosts(), ["lab-4090", "a", "Your keys"]),
+    "trust": (
+        lambda app: app.show_hosts(),
+        ["lab-4090", "a", "Your keys", "p i tab 1 0 full_stop 7 enter", "SHA256:"],
+    ),
     "preflight": (at(PreflightScreen), ["1 check failed"]),
     "run": (of("failed"), ["Likely cause", "1", "Pruning: iteration 8 of 12"]),
     "run-layers": (of("failed"), ["Likely cause", "2", "after iteration 8 of 12"]),
@@ -280,7 +290,8 @@ PICTURES = [
 def test_it_looks_as_it_did(name: str, size: str, snap_compare: Callable[..., bool]) -> None:
     columns_and_lines, theme = LOOKS[size]
     go, steps = SCREENS[name]
-    app = EdgepruneApp(Engine(preflight=checks(*FOUND)))
+    machines = {"hosts": HOSTS, "host_check": EXAMINED, "host_add": {"unknown_key": KEY}}
+    app = EdgepruneApp(Engine(preflight=checks(*FOUND), **machines))
     app.theme, app.animation_level = theme, "none"
 
     async def there(pilot: Pilot[Any]) -> None:
@@ -300,7 +311,7 @@ async def still(pilot: Pilot[Any]) -> None:
     looks: list[str] = []
 
     def nothing_new() -> bool:
-        if any(w.is_running and w.group != "follow" for w in pilot.app.workers):
+        if any(w.is_running and w.group not in AT_REST for w in pilot.app.workers):
             return False
         looks.append(seen(pilot.app))
         return len(looks) >= STILL and len(set(looks[-STILL:])) == 1

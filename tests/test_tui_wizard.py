@@ -11,13 +11,14 @@ import pytest
 from pilots import piloted, seen, until
 from textual.pilot import Pilot
 from textual.widgets import Input
-from wizardry import BAD, CARD, FINE, FOUND, SCANT, Engine, checks, outlook
+from wizardry import BAD, CARD, FINE, FOUND, HOSTS, SCANT, Engine, checks, outlook
 
 from edgeprune import recipe as recipes
 from edgeprune.tui.answers import AnswerFailed
 from edgeprune.tui.app import EdgepruneApp
 from edgeprune.tui.choice import Choice
 from edgeprune.tui.screens import recipe, source, target
+from edgeprune.tui.screens.hosts import HostsScreen
 from edgeprune.tui.screens.licences import LicencesScreen
 from edgeprune.tui.screens.message import MessageScreen
 from edgeprune.tui.screens.preflight import PreflightScreen
@@ -30,7 +31,7 @@ from edgeprune.tui.screens.wizard import WizardScreen
 from edgeprune.tui.widgets.fields import Dial, Pick
 
 SIZES = ((80, 24), (200, 60))
-HEAVY = {"torch", "transformers", "numpy", "onnxruntime"}
+HEAVY = {"torch", "transformers", "numpy", "onnxruntime", "asyncssh"}
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +196,7 @@ def test_nothing_heavy_is_imported() -> None:
     import subprocess
     import sys
 
-    names = ("source", "target", "recipe", "licences", "preflight", "show")
+    names = ("source", "target", "recipe", "licences", "preflight", "show", "hosts")
     code = f"import sys\nfor n in {names}: __import__('edgeprune.tui.screens.' + n)\n"
     code += "from edgeprune.tui import choice\nchoice.read_data('builtin')\nchoice.Choice().problems()\n"
     code += f"print({HEAVY} & set(sys.modules))"
@@ -522,6 +523,71 @@ def test_times_that_are_not_known_are_told() -> None:
         await sees(pilot, "time unknown", "the engine's process ended")
 
     piloted(act, Wizard(Engine(outlook=AnswerFailed("the engine's process ended (code 1)"))))
+
+
+# ---- machines
+
+
+def test_other_machines_are_chosen_and_stand_in_the_recipe() -> None:
+    app = Wizard(Engine(hosts=HOSTS))
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await at(pilot, RecipeScreen)
+        await sees(pilot, "[this machine] lab-4090", "[✓] this machine [ ] lab-4090 [ ] pi5")
+        app.screen.query_one("#where").focus()
+        await pilot.press("right")
+        await sees(pilot, "[lab-4090]", "Runs on lab-4090", "lab-4090 takes another time")
+        app.screen.query_one("#devices").focus()
+        await pilot.press("space", "left", "space")
+        await sees(pilot, "[ ] this machine [ ] lab-4090 [✓] pi5", "measures on pi5")
+        for _ in range(2):
+            await pilot.click("#devices", offset=(20, 0))
+        await pilot.click("#where", offset=(2, 0))
+        await sees(pilot, "Runs here")
+        await pilot.click("#where", offset=(2, 0))
+        await sees(pilot, "Runs on lab-4090")
+        await pilot.press("ctrl+o")
+        await sees(pilot, '[where] on = "lab-4090"', '"pi5",')
+        await pilot.press("escape", "escape")
+        await at(pilot, RecipeScreen, app.choice)  # it is kept
+        await sees(pilot, "[lab-4090]", "[✓] pi5")
+        await pilot.press("enter")
+        await arrives(pilot, PreflightScreen)
+
+    piloted(act, app, (200, 60))
+    made = recipes.parse_toml(app.engine.last("preflight")["recipe"])
+    assert made.where is not None
+    assert (made.where.on, made.profile.devices) == ("lab-4090", ["pi5"])
+
+
+def test_a_machine_that_is_no_longer_saved_is_not_chosen() -> None:
+    app = Wizard()
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await at(pilot, RecipeScreen, Choice(where="gone", devices=("gone", "local")))
+        await sees(pilot, "[this machine]", "no other machine is saved", "Runs here")
+        assert "gone" not in said(pilot)
+        app.engine.replies["hosts"] = HOSTS
+        await pilot.press("ctrl+r")
+        await arrives(pilot, HostsScreen)
+        await sees(pilot, "ssh://pi@10.0.0.7")
+        await pilot.press("escape")
+        await sees(pilot, "[this machine] lab-4090")
+
+    piloted(act, app)
+    assert app.choice == Choice()
+
+
+def test_machines_that_cannot_be_asked_for_leave_the_choice_alone() -> None:
+    app = Wizard(Engine(hosts=AnswerFailed("hosts.toml is damaged; delete it", 2)))
+    chosen = Choice(where="lab", devices=("lab",))
+
+    async def act(pilot: Pilot[Any]) -> None:
+        await at(pilot, RecipeScreen, chosen)
+        await sees(pilot, "[lab]", "[✓] lab", "saved hosts unknown:")
+
+    piloted(act, app, (200, 60))
+    assert app.choice == chosen
 
 
 # ---- preflight

@@ -46,6 +46,51 @@ FOUND = {
 }
 FINE = {"name": "model", "title": "Model", "state": "ok", "text": "145 MB", "mend": ""}
 BAD = {"name": "disk", "title": "Disk", "state": "failed", "text": "1 GB", "mend": "free some"}
+HOSTS = [
+    {"name": "lab-4090", "url": "ssh://anna@lab.example:2222", "kind": "box"},
+    {"name": "pi5", "url": "ssh://pi@10.0.0.7", "kind": "board"},
+]
+KEY = {
+    "machine": "10.0.0.7",
+    "algorithm": "ssh-ed25519",
+    "fingerprint": "SHA256:uJ7nXb0tqzvY4m3r2Pw8Qe1Ld5Gh6Kc9Sa0Zf2Vt1Bo",
+}
+EXAMINED: dict[str, Any] = {
+    "system": {
+        **{"os": "Debian GNU/Linux 12 (bookworm)", "kernel": "Linux 6.6.31", "libc": "2.36"},
+        **{"board": "Raspberry Pi 5 Model B", "architecture": "aarch64"},
+        **{"features": ["asimd", "asimddp"], "load": 0.1},
+    },
+    "python": {"version": "3.11.2", "path": "/usr/bin/python3", "venv": False},
+    "storage": {
+        **{"folder": "/home/pi/.local/share/edgeprune", "writable": True},
+        "free_bytes": 21_400_000_000,
+    },
+    "graphics": {
+        **{"cards": [], "driver": None, "cuda": None, "jetson": None, "without_driver": False}
+    },
+    "sensors": {"locked": []},
+    "device": {
+        **{"cpu": "Cortex-A76", "physical_cores": 4, "logical_cores": 4},
+        **{"memory_bytes": 8_200_000_000, "memory_available_bytes": 7_400_000_000},
+        **{"governors": ["ondemand"], "energy_sensor": None},
+    },
+    "temperature": 52.1,
+    "throttling": {"now": [], "events": 0},
+    "problems": [
+        {
+            "what": "its python3 cannot make virtual environments",
+            "mend": "sudo apt install python3-venv",
+            "required": True,
+        },
+        {
+            "what": "its clocks follow the work (governor ondemand): figures vary more",
+            "mend": "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
+            "required": False,
+        },
+    ],
+}
+"""A board as ``remote.check.examine`` tells of it."""
 SCANT = {**BAD, "state": "warning", "mend": ""}
 
 
@@ -94,6 +139,7 @@ class Engine(FixedAnswers):
         fine = {
             **{"models": MODELS, "search": [FOUND], "card": CARD, "outlook": outlook},
             **{"preflight": checks(FINE, SCANT), "start": {"folder": "/gone", "pid": 1}},
+            "hosts": [],
         }
         super().__init__(**fine | replies)
 

@@ -90,6 +90,13 @@ class EdgepruneApp(App[None]):
         finished = runs.describe(folder).state == "finished"
         self.push_screen(ResultScreen(folder) if finished else RunScreen(folder))
 
+    def show_hosts(self) -> None:
+        """List the machines that can be reached by SSH."""
+        from edgeprune.tui.screens.hosts import HostsScreen
+
+        if not isinstance(self.screen, HostsScreen):
+            self.push_screen(HostsScreen())
+
     def show_error(self, error: Exception, title: str = "That did not work") -> None:
         """Show what failed, why, and what to do, until it is read."""
         from edgeprune.tui.screens.message import MessageScreen
@@ -110,6 +117,7 @@ class EdgepruneApp(App[None]):
         yield from super().get_system_commands(screen)
         yield SystemCommand("New run", "Pick a model, a target, and prune", self.begin)
         yield SystemCommand("All runs", "Back to the list of runs", self.action_home)
+        yield SystemCommand("Hosts", "Other machines to run and to measure on", self.show_hosts)
 
     def action_home(self) -> None:
         """Go back to the list of runs."""

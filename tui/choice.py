@@ -27,6 +27,8 @@ EFFORTS = ("quick", "balanced", "best")
 RECOVERIES = ("none", "quick", "full", "own")
 TOKENS = {"none": 0, "quick": 300_000, "full": 20_000_000}
 RUNS = "runs"
+HERE = "local"
+"""As recipes name the machine at which a run is started."""
 IMPOSSIBLE = (OSError, ValueError, RuntimeError)
 """What a path raises that is too long, has a zero byte, or names the home of nobody."""
 SPEED = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:tok(?:ens)?/s)?\s*")
@@ -50,6 +52,10 @@ class Choice:
     prompt: int = 128
     generate: int = 128
     repeats: int = 5
+    where: str = HERE
+    """What prunes and trains: this machine or a saved host."""
+    devices: tuple[str, ...] = (HERE,)
+    """What measures: this machine, saved hosts."""
     folder: str = ""
     """Where the run goes; empty: ``run_folder`` finds a name that is free."""
 
@@ -73,9 +79,18 @@ class Choice:
             recipe["recover"]["tokens"] = self.tokens
         if self.evaluation != Choice.evaluation:
             recipe["evaluate"] = {"text": located(self.evaluation)}
-        measuring = {"prompt": self.prompt, "generate": self.generate, "repeats": self.repeats}
-        changed = {key: value for key, value in measuring.items() if value != getattr(Choice, key)}
-        return recipe | ({"profile": changed} if changed else {})
+        if measuring := self._measuring():
+            recipe["profile"] = measuring
+        if self.where != HERE:
+            recipe["where"] = {"on": self.where}
+        return recipe
+
+    def _measuring(self) -> dict[str, Any]:
+        """Return what differs from the defaults."""
+        numbers = {"prompt": self.prompt, "generate": self.generate, "repeats": self.repeats}
+        changed = {key: value for key, value in numbers.items() if value != getattr(Choice, key)}
+        devices = {"devices": list(self.devices)} if self.devices != Choice.devices else {}
+        return devices | changed
 
     def toml(self) -> str:
         """Return the recipe as a file says it."""

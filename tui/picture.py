@@ -475,6 +475,16 @@ CAUSES = (
         "check the network and HF_HUB_OFFLINE, then resume: the download goes on where it was",
     ),
     (
+        ("cannot be reached", "does not answer within", "the link broke"),
+        "another machine cannot be reached",
+        "see what is wrong with it under Hosts, then resume: it goes on where it was",
+    ),
+    (
+        ("is not known yet:", "has changed:", "accepts no key of yours", "no such host"),
+        "another machine is not known, or does not know you",
+        "do what the message says, check the machine under Hosts, then resume",
+    ),
+    (
         (
             "no such model",
             "not a causal language model",

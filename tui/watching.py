@@ -13,6 +13,7 @@ from edgeprune import control, lock, runs, worker
 from edgeprune.errors import BadInput
 from edgeprune.events import Event, RunFailed, RunFinished, RunStarted
 from edgeprune.log import LogReader
+from edgeprune.remote import address
 from edgeprune.runs import RunInfo
 from edgeprune.tui.picture import Picture, picture_of
 
@@ -33,6 +34,8 @@ class News:
     """Bytes that the worker and its children take now; known with ``info`` alone."""
     last_words: str = ""
     """The libraries' last line, of a run that ended early."""
+    box: str = ""
+    """The machine that does the run, if that is another one; known with ``info`` alone."""
 
 
 class Watcher:
@@ -86,7 +89,8 @@ class Watcher:
         info = self._described(anew)
         early = info.state in ("failed", "stopped", "dead")
         words = control.last_words(self._folder) if early else ""
-        return News(events, picture, info, memory_of(info.pid), words)
+        far = address.read(self._folder)
+        return News(events, picture, info, memory_of(info.pid), words, far.host if far else "")
 
     def _described(self, anew: bool) -> RunInfo:
         """Read the folder only when something that can be asked cheaply has changed: a log may be long."""

@@ -141,6 +141,110 @@ def quality(outlook: Mapping[str, Any]) -> str:
     )
 
 
+# ---- machines
+
+
+def places(where: str, devices: Sequence[str]) -> str:
+    """Return where a run is done and measured; "local" is this machine."""
+    runs = "Runs here" if where == "local" else f"Runs on {where}, and its results come home"
+    named = ["this machine" if each == "local" else each for each in devices]
+    if not named:
+        return f"{runs}; no speed is measured"
+    first = f"; {named[0]}'s figures stand for the run" if len(named) > 1 else ""
+    return f"{runs}; measures on {', '.join(named)}{first}"
+
+
+def key_text(key: Mapping[str, str]) -> str:
+    """Return the question whether a key that was never seen is that of the machine."""
+    kind = next((kind for kind in ("rsa", "ecdsa") if kind in key["algorithm"]), "ed25519")
+    return (
+        f"{key['machine']} was never reached from here. It shows this key:\n\n"
+        f"  {key['algorithm']}\n  {key['fingerprint']}\n\n"
+        "At the machine itself, this command shows the one that it has:\n\n"
+        f"  ssh-keygen -lf /etc/ssh/ssh_host_{kind}_key.pub\n\n"
+        "If the two differ, something else answers in its place."
+    )
+
+
+def host_state(found: Mapping[str, Any]) -> str:
+    """Return in two words whether a host has what it needs."""
+    problems = found["problems"]
+    missing = sum(bool(each["required"]) for each in problems)
+    if missing:
+        return f"✗ {missing} missing"
+    return f"! {len(problems)} to see" if problems else "✓ ready"
+
+
+def host_lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what is missing on a host with what mends it, then what is there, as pairs of a label and a text."""
+    return [*map(_problem, found["problems"]), *_host_facts(found)]
+
+
+def host_mends(found: Mapping[str, Any]) -> list[str]:
+    """Return what is to be typed to mend what is missing on a host."""
+    return [str(each["mend"]) for each in found["problems"]]
+
+
+def _problem(problem: Mapping[str, Any]) -> tuple[str, str]:
+    label = "✗ missing" if problem["required"] else "! to see"
+    return label, f"{problem['what']}\n-> {problem['mend']}"
+
+
+def _host_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    system, device, python = found["system"], found["device"], found["python"]
+    features = ", ".join([system["architecture"], *system["features"]])
+    cores = f"{device['physical_cores']} cores"
+    return [
+        ("System", " · ".join(filter(None, (system["board"], system["os"], system["kernel"])))),
+        ("Processor", f"{device['cpu'] or 'unknown'}, {cores} ({features})"),
+        (
+            "Memory",
+            f"{_size(device['memory_bytes'])}, {_size(device['memory_available_bytes'])} free",
+        ),
+        (
+            "Disk",
+            f"{format_bytes(found['storage']['free_bytes'])} free, {found['storage']['folder']}",
+        ),
+        ("GPU", _graphics(found["graphics"])),
+        ("Python", f"{python['version']}, {python['path']}"),
+        ("Clocks", _clocks(found)),
+        ("Energy", device["energy_sensor"] or "no sensor that can be read"),
+    ]
+
+
+def _size(size: int | None) -> str:
+    return "unknown" if size is None else format_bytes(size)
+
+
+def _graphics(found: Mapping[str, Any]) -> str:
+    cards = [f"{card['name']} ({_size(card['memory_bytes'])})" for card in found["cards"]]
+    versions = [
+        f"{name} {found[key]}"
+        for name, key in (("driver", "driver"), ("CUDA", "cuda"))
+        if cards and found[key]
+    ]
+    return ", ".join([*cards, *versions]) or "none"
+
+
+def _clocks(found: Mapping[str, Any]) -> str:
+    governors, degrees, slowed = (
+        found["device"]["governors"],
+        found["temperature"],
+        found["throttling"],
+    )
+    return ", ".join(
+        (
+            f"governor {' and '.join(governors)}" if governors else "governor unknown",
+            "temperature unknown" if degrees is None else f"{degrees:.0f} °C",
+            "throttling unknown"
+            if slowed is None
+            else "throttled"
+            if slowed["now"]
+            else "not throttled",
+        )
+    )
+
+
 # ---- a check
 
 

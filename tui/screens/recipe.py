@@ -1,25 +1,27 @@
-"""The wizard's third step: texts, effort, recovery, measuring and the output folder."""
+"""The wizard's third step: texts, effort, recovery, machines, measuring and the output folder."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.widgets import Input
 
 from edgeprune.errors import BadInput
 from edgeprune.quantities import format_count, format_seconds
 from edgeprune.tui import choice as choices
+from edgeprune.tui import wording
 from edgeprune.tui.answers import AnswerFailed
-from edgeprune.tui.choice import EFFORTS, RECOVERIES, TOKENS, Choice
+from edgeprune.tui.choice import EFFORTS, HERE, RECOVERIES, TOKENS, Choice
 from edgeprune.tui.lists import Page
 from edgeprune.tui.screens.wizard import WizardScreen
-from edgeprune.tui.widgets.fields import Entry, Field, Form, Pick
+from edgeprune.tui.widgets.fields import Entry, Field, Form, Pick, Ticks, Words
 from edgeprune.tui.widgets.pairs import Pairs
 
 DEBOUNCE = 0.3
@@ -29,7 +31,9 @@ LABELS = {
     "recovery": "Recovery",
     "own_tokens": "Tokens",
     "data": "Data",
+    "where": "Runs on",
     "evaluation": "Evaluation",
+    "devices": "Measures on",
     "prompt": "Prompt",
     "generate": "Generate",
     "repeats": "Repeats",
@@ -41,15 +45,28 @@ NOTES = {
     "generate": "tokens",
     "repeats": "measured, after a warm-up",
 }
+THIS = "this machine"
+"""No host can be called that: there is a blank in it."""
 
 
 class RecipeScreen(WizardScreen):
     """Everything has a default, so that Enter goes through."""
 
     STEP = 3
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding(
+            "ctrl+r",
+            "hosts",
+            "Hosts",
+            id="recipe.hosts",
+            tooltip="Other machines to run and to measure on: add, check, remove",
+        ),
+    ]
 
     def __init__(self) -> None:
         super().__init__()
+        self._left = False
+        """For the hosts, which may have come and gone by the time that it is seen again."""
         self._times: dict[str, str] = {}
         self._basis = ""
         self._agreed: tuple[str, ...] = ()
@@ -76,11 +93,18 @@ class RecipeScreen(WizardScreen):
         self._follow()
         self._controls["effort"].focus()
         self.ask_times()
+        self.ask_hosts()
+
+    def on_screen_resume(self) -> None:
+        """Look for hosts that were added or removed."""
+        if self._left:
+            self._left = False
+            self.ask_hosts()
 
     # ---- what is set
 
     @on(Input.Changed, "Entry")
-    @on(Pick.Changed)
+    @on(Words.Changed)
     def _changed(self) -> None:
         problem = self._keep()
         self._follow()
@@ -89,7 +113,8 @@ class RecipeScreen(WizardScreen):
         else:
             self.tell("")
 
-    @on(Pick.Changed)
+    @on(Pick.Changed, "#effort")
+    @on(Pick.Changed, "#recovery")
     @on(Input.Changed, "#own_tokens")
     def _other_times(self) -> None:
         self.ask_times()
@@ -119,10 +144,11 @@ class RecipeScreen(WizardScreen):
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         chosen = self.app.choice
-        yield "Where", "Runs here; measures on this machine"
+        yield "Where", wording.places(chosen.where, chosen.devices)
         yield "Time", "\n".join(map(self._time, RECOVERIES))
         if self._basis:
-            yield "", self._basis
+            other = "" if chosen.where == HERE else f"; {chosen.where} takes another time"
+            yield "", self._basis + other
         if chosen.recovery != "none":
             for spec, licence in choices.licences(chosen.data):
                 yield "Licence", f"{spec}: {licence}"
@@ -172,6 +198,27 @@ class RecipeScreen(WizardScreen):
             return "time unknown"
         return f"about {format_seconds(sum(each or 0 for each in seconds.values()))}"
 
+    # ---- where
+
+    @work(exclusive=True, group="hosts")
+    async def ask_hosts(self) -> None:
+        """Offer the hosts that are saved."""
+        try:
+            hosts = await self.app.answers.ask("hosts")
+        except AnswerFailed as error:
+            self._rows["where"].note(f"saved hosts unknown: {error}")
+            return
+        self._rows["where"].note("" if hosts else "no other machine is saved: see Hosts")
+        for name, words in _machines(hosts).items():
+            control = self._controls[name]
+            assert isinstance(control, Pick | Ticks)
+            control.offer(words)
+
+    def action_hosts(self) -> None:
+        """Add, check and remove the machines that can be chosen."""
+        self._left = True
+        self.app.show_hosts()
+
     # ---- on
 
     def action_go_on(self) -> None:
@@ -206,14 +253,17 @@ class RecipeScreen(WizardScreen):
         self.app.push_screen(PreflightScreen())
 
 
-def _controls(chosen: Choice, default_folder: str) -> dict[str, Entry | Pick]:
+def _controls(chosen: Choice, default_folder: str) -> dict[str, Entry | Pick | Ticks]:
+    where, devices = _shown(chosen.where), [_shown(each) for each in chosen.devices]
     return {
         "calibration": Entry(chosen.calibration, "calibration"),
         "effort": Pick(EFFORTS, chosen.effort, "effort"),
         "recovery": Pick(RECOVERIES, chosen.recovery, "recovery"),
         "own_tokens": Entry(format_count(chosen.own_tokens), "own_tokens"),
         "data": Entry(", ".join(chosen.data), "data"),
+        "where": Pick(list(dict.fromkeys((THIS, where))), where, "where"),
         "evaluation": Entry(chosen.evaluation, "evaluation"),
+        "devices": Ticks(list(dict.fromkeys((THIS, *devices))), devices, "devices"),
         "prompt": Entry(str(chosen.prompt), "prompt"),
         "generate": Entry(str(chosen.generate), "generate"),
         "repeats": Entry(str(chosen.repeats), "repeats"),
@@ -221,7 +271,21 @@ def _controls(chosen: Choice, default_folder: str) -> dict[str, Entry | Pick]:
     }
 
 
-def _readers(default_folder: str) -> dict[str, Callable[[str], Any]]:
+def _shown(machine: str) -> str:
+    return THIS if machine == HERE else machine
+
+
+def _read_machine(word: str) -> str:
+    return HERE if word == THIS else word
+
+
+def _machines(hosts: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the words to choose from in the two rows of machines: boards do not prune."""
+    boxes = [host["name"] for host in hosts if host["kind"] == "box"]
+    return {"where": [THIS, *boxes], "devices": [THIS, *(host["name"] for host in hosts)]}
+
+
+def _readers(default_folder: str) -> dict[str, Callable[[Any], Any]]:
     """Return how each field is read."""
 
     def folder(text: str) -> str:
@@ -233,7 +297,9 @@ def _readers(default_folder: str) -> dict[str, Callable[[str], Any]]:
         "recovery": str,
         "own_tokens": choices.read_tokens,
         "data": choices.read_data,
+        "where": _read_machine,
         "evaluation": lambda text: choices.read_text("Evaluation", text),
+        "devices": lambda words: tuple(map(_read_machine, words)),
         "prompt": lambda text: choices.read_whole("Prompt", text),
         "generate": lambda text: choices.read_whole("Generate", text, 2),
         "repeats": lambda text: choices.read_whole("Repeats", text),

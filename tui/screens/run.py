@@ -23,7 +23,7 @@ from edgeprune.events import Event
 from edgeprune.runs import AT_WORK
 from edgeprune.tui.lists import Page
 from edgeprune.tui.picture import Picture, kept
-from edgeprune.tui.screens.stop import StopScreen
+from edgeprune.tui.screens.question import StopScreen
 from edgeprune.tui.watching import News, Watcher
 from edgeprune.tui.widgets import run_text
 from edgeprune.tui.widgets.footer import KeyFooter
@@ -74,6 +74,13 @@ class RunScreen(Screen[None]):
         Binding("s", "stop", "Stop", id="run.stop", tooltip="Stop it; what is finished stays"),
         Binding("r", "resume", "Resume", id="run.resume", tooltip="Go on where it ended"),
         Binding(
+            "a",
+            "attach",
+            "Attach",
+            id="run.attach",
+            tooltip="Watch again what another machine does",
+        ),
+        Binding(
             "y", "copy", "Copy command", id="run.copy", tooltip="Copy the command to type next"
         ),
         *(
@@ -95,6 +102,8 @@ class RunScreen(Screen[None]):
         self.folder = folder.absolute()
         self.picture = Picture()
         self.info: RunInfo | None = None
+        self.box = ""
+        """The machine that does it, if that is another one."""
         self.view = VIEWS[0]
         self._memory: int | None = None
         self._last_words = ""
@@ -161,6 +170,7 @@ class RunScreen(Screen[None]):
         if news.info is not None:
             changed = self.info is None or self.info.state != news.info.state
             self.info, self._memory, self._last_words = news.info, news.memory, news.last_words
+            self.box = news.box
             if changed:
                 self.refresh_bindings()
         self._draw_soon()
@@ -179,17 +189,18 @@ class RunScreen(Screen[None]):
         if info is None or self._left.is_set():
             return
         running = info.state in AT_WORK
+        alive = running or info.state == "away"
         now = time.time() if info.state == "running" else self.picture.last
-        self._put("run-about", run_text.about(info, self._doing))
-        self._put("run-stages", run_text.in_a_line(self.picture.stages, running))
+        self._put("run-about", run_text.about(info, self._doing, self.box))
+        self._put("run-stages", run_text.in_a_line(self.picture.stages, alive))
         self._put("run-now", run_text.at_work(self.picture, now) if running else Content(""))
         self.query_one("#run-now").display = running
-        self._put("run-clocks", run_text.clocks(self.picture, now, running, self._memory))
-        ending = run_text.end(info, self.picture, self._last_words)
+        self._put("run-clocks", run_text.clocks(self.picture, now, running, self._memory, self.box))
+        ending = run_text.end(info, self.picture, self._last_words, self.box)
         self._put("run-end-text", ending)
         self.query_one("#run-end").display = bool(ending)
         self._put("run-views", self._switch())
-        self._put("stage-list", run_text.stages(self.picture, now, running))
+        self._put("stage-list", run_text.stages(self.picture, now, alive))
         self._put("stage-figures", run_text.figures(self.picture))
         for view in (LayerBars, RunCurves, RunLog):
             self._draw_view(view)
@@ -234,9 +245,10 @@ class RunScreen(Screen[None]):
         """Offer only what can be done with the run as it stands."""
         state = self.info.state if self.info else "missing"
         possible = {
-            "pause": state in AT_WORK,
+            "pause": state in AT_WORK and not self.box,
             "stop": state in AT_WORK,
             "resume": state in EARLY,
+            "attach": state == "away",
             "results": state == "finished",
         }
         return possible.get(action, True) and not (action in possible and self._doing)
@@ -299,10 +311,18 @@ class RunScreen(Screen[None]):
         except (EdgepruneError, OSError) as error:
             self.post_message(Done(error=error))
 
-    @work(group="ask")
-    async def action_resume(self) -> None:
+    def action_resume(self) -> None:
         """Let a worker go on where the last one ended."""
         self._tell("resuming ...")
+        self._resume()
+
+    def action_attach(self) -> None:
+        """Let a worker tell again what another machine does."""
+        self._tell("attaching ...")
+        self._resume()
+
+    @work(group="ask")
+    async def _resume(self) -> None:
         try:
             await self.app.answers.ask("resume", self._tell, folder=str(self.folder))
             self.post_message(Done())

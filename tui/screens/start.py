@@ -34,6 +34,7 @@ SIGNS = {
     "failed": "✗ failed",
     "stopped": "■ stopped",
     "dead": "✗ died",
+    "away": "→ away",
     "missing": "? missing",
 }
 
@@ -56,6 +57,7 @@ class StartScreen(Screen[None]):
         ),
         Binding("space", "mark", "Mark", id="start.mark", tooltip="Mark the run to compare it"),
         Binding("c", "compare", "Compare", id="start.compare", tooltip="Compare the marked runs"),
+        Binding("h", "hosts", "Hosts", id="start.hosts", tooltip="Other machines, reached by SSH"),
         Binding(
             "delete,d",
             "forget",
@@ -128,7 +130,7 @@ class StartScreen(Screen[None]):
 
     def _row(self, info: RunInfo) -> list[str]:
         mark = "●" if info.folder in self._marked else " "
-        return [mark, info.name, SIGNS[info.state], info.target, *_figures(info), _model(info)]
+        return [mark, info.name, sign(info.state), info.target, *_figures(info), _model(info)]
 
     # ---- the run under the cursor
 
@@ -187,6 +189,10 @@ class StartScreen(Screen[None]):
             return
         self.app.push_screen(CompareScreen(chosen))
 
+    def action_hosts(self) -> None:
+        """Show the other machines."""
+        self.app.show_hosts()
+
     def action_forget(self) -> None:
         """Take the run off the list."""
         from edgeprune import runs
@@ -205,6 +211,11 @@ class StartScreen(Screen[None]):
         self._marked.discard(info.folder)
         self.notify(f"Off the list; {info.folder} is still there", markup=False)
         self.look()
+
+
+def sign(state: str) -> str:
+    """Return how a run stands, as a sign and a word."""
+    return SIGNS.get(state, f"? {state}")
 
 
 def _model(info: RunInfo) -> str:

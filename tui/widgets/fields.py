@@ -11,6 +11,7 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.reactive import reactive
+from textual.style import Style
 from textual.widget import Widget
 from textual.widgets import Input, Label, Static
 
@@ -68,40 +69,73 @@ class Entry(Input):
                 self.value = text
 
 
-class Pick(Static, can_focus=True):
+class Words(Static, can_focus=True):
+    """A line of words to choose from; the word in question is always in sight."""
+
+    class Changed(Message):
+        """Other words were chosen."""
+
+        def __init__(self, words: Words) -> None:
+            super().__init__()
+            self.words = words
+
+        @property
+        def control(self) -> Words:
+            """Whose words they are."""
+            return self.words
+
+    def __init__(self, words: Sequence[str], id: str) -> None:
+        super().__init__(id=id)
+        self._words = list(words)
+
+    def render(self) -> Content:
+        """Show all words that there is room for."""
+        shown = [self._shown(word) for word in self._words]
+        return in_sight(shown, self._at, self.size.width)
+
+    @property
+    def _at(self) -> int:
+        """Where the word in question is."""
+        raise NotImplementedError
+
+    def _shown(self, word: str) -> Content:
+        raise NotImplementedError
+
+    def action_move(self, by: int) -> None:
+        """Go to the word that far to the right, and round at the end."""
+        raise NotImplementedError
+
+
+class Pick(Words):
     """One of a few words; left and right choose."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("right,l,space", "move(1)", "Next choice", id="pick.next"),
-        Binding("left,h", "move(-1)", "Choice before", show=False, id="pick.previous"),
+        Binding("right,l,space", "move(1)", "Next", id="pick.next"),
+        Binding("left,h", "move(-1)", "Before", show=False, id="pick.previous"),
     ]
     value: reactive[str] = reactive("", init=False)
 
-    class Changed(Message):
-        """Another word was chosen."""
-
-        def __init__(self, pick: Pick) -> None:
-            super().__init__()
-            self.pick = pick
-
-        @property
-        def control(self) -> Pick:
-            """Whose word it is."""
-            return self.pick
-
     def __init__(self, words: Sequence[str], value: str, id: str) -> None:
-        super().__init__(id=id)
-        self._words = list(words)
+        super().__init__(words, id)
         self.set_reactive(Pick.value, value)
 
-    def render(self) -> Content:
-        """Show all words, the chosen one in brackets."""
-        return Content(" ").join(
-            Content.styled(f"[{word}]", "bold reverse" if self.has_focus else "bold")
-            if word == self.value
-            else Content(f" {word} ")
-            for word in self._words
-        )
+    def offer(self, words: Sequence[str]) -> None:
+        """Let other words be chosen from; if the chosen one is no more, the first is."""
+        self._words = list(words)
+        if self.value in words:
+            self.refresh()
+        else:
+            self.value = words[0]
+
+    @property
+    def _at(self) -> int:
+        return self._words.index(self.value)
+
+    def _shown(self, word: str) -> Content:
+        """Put the chosen word in brackets."""
+        if word != self.value:
+            return Content(f" {word} ")
+        return Content.styled(f"[{word}]", "bold reverse" if self.has_focus else "bold")
 
     def watch_value(self) -> None:
         """Tell of it."""
@@ -110,12 +144,76 @@ class Pick(Static, can_focus=True):
 
     def action_move(self, by: int) -> None:
         """Choose the word that far to the right, and go round at the end."""
-        at = self._words.index(self.value)
-        self.value = self._words[(at + by) % len(self._words)]
+        self.value = self._words[(self._at + by) % len(self._words)]
 
     def on_click(self) -> None:
         """Choose the next with the mouse."""
         self.action_move(1)
+
+
+class Ticks(Words):
+    """Any of a few words; left and right move the mark, the space bar ticks."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "tick", "Tick", id="ticks.tick"),
+        Binding("right,l", "move(1)", "Next", show=False, id="ticks.next"),
+        Binding("left,h", "move(-1)", "Before", show=False, id="ticks.previous"),
+    ]
+
+    def __init__(self, words: Sequence[str], value: Sequence[str], id: str) -> None:
+        super().__init__(words, id)
+        self._ticked = set(value)
+        self._mark = 0
+
+    @property
+    def value(self) -> tuple[str, ...]:
+        """The words ticked, in their order."""
+        return tuple(word for word in self._words if word in self._ticked)
+
+    def offer(self, words: Sequence[str]) -> None:
+        """Let other words be chosen from; a tick is kept where its word is."""
+        before = self.value
+        self._words = list(words)
+        self._mark = min(self._mark, len(words) - 1)
+        self._ticked &= set(words)
+        self._follow(before)
+
+    @property
+    def _at(self) -> int:
+        return self._mark
+
+    def _shown(self, word: str) -> Content:
+        at = self._words.index(word)
+        sign = "✓" if word in self._ticked else " "
+        style = "bold reverse" if self.has_focus and at == self._mark else ""
+        click = Style.from_meta({"@click": f"tick({at})"})
+        return Content.styled(f"[{sign}] {word}", style).stylize(click)
+
+    def action_move(self, by: int) -> None:
+        """Move the mark, round at the end."""
+        self._mark = (self._mark + by) % len(self._words)
+        self.refresh()
+
+    def action_tick(self, at: int | None = None) -> None:
+        """Tick the marked word or that one, or take its tick away."""
+        self._mark = self._mark if at is None else at
+        before = self.value
+        self._ticked ^= {self._words[self._mark]}
+        self._follow(before)
+
+    def _follow(self, before: tuple[str, ...]) -> None:
+        self.refresh()
+        if self.value != before:
+            self.post_message(self.Changed(self))
+
+
+def in_sight(words: Sequence[Content], at: int, width: int) -> Content:
+    """Return words in a line that begins with the first one from which the word ``at`` still fits."""
+    first = 0
+    while first < at and sum(word.cell_length + 1 for word in words[first : at + 1]) > width - 2:
+        first += 1
+    line = Content(" ").join(words[first:])
+    return Content.assemble("‹ ", line) if first else line
 
 
 class Dial(Static, can_focus=True):

@@ -32,6 +32,7 @@ STATES = {
     "failed": ("✗ failed", "$text-error"),
     "stopped": ("■ stopped", "$text-warning"),
     "dead": ("✗ died", "$text-error"),
+    "away": ("→ away", "$text-warning"),
     "missing": ("? missing", "$text-error"),
 }
 BAR = 16
@@ -46,10 +47,14 @@ def bar(share: float, width: int) -> str:
     return "█" * filled + "░" * (width - filled)
 
 
-def about(info: RunInfo, doing: str) -> Content:
-    """Return the line that says which run this is and how it stands; ``doing`` is what it was just told to do."""
-    text, style = STATES[info.state]
-    what = " · ".join(part for part in (info.name, info.model, info.target) if part)
+def about(info: RunInfo, doing: str, box: str = "") -> Content:
+    """Return the line that says which run this is and how it stands.
+
+    ``doing`` is what it was just told to do, ``box`` the other machine that does it, if one does.
+    """
+    text, style = STATES.get(info.state, (f"? {info.state}", "$text-warning"))
+    where = f"on {box}" if box else ""
+    what = " · ".join(part for part in (info.name, info.model, info.target, where) if part)
     told: list[Part] = [(f"  {doing}", "bold $text-warning")] if doing else []
     return Content.assemble((text, f"bold {style}"), *told, f"  {what}")
 
@@ -93,15 +98,18 @@ def _course(gauge: Gauge | None, now: float) -> list[Part]:
     return [*parts, ("" if left is None else f", {format_seconds(left)} left", "")]
 
 
-def clocks(picture: Picture, now: float, running: bool, memory: int | None) -> Content:
-    """Return the line of what the run takes: time so far and to come, and memory."""
+def clocks(
+    picture: Picture, now: float, running: bool, memory: int | None, box: str = ""
+) -> Content:
+    """Return the line of what the run takes: time so far and to come, and memory here."""
     parts = [f"{format_seconds(picture.worked(now))} of work"]
     if running:
         left = picture.left(now)
         known = "time left unknown" if left is None else f"at least {format_seconds(left)} left"
         later = f", then {picture.waiting} stages" if picture.waiting else ""
         parts.append(f"{known}{later}")
-        parts.append(f"memory {'unknown' if memory is None else format_bytes(memory)}")
+        where = "memory here" if box else "memory"
+        parts.append(f"{where} {'unknown' if memory is None else format_bytes(memory)}")
     return Content(" · ".join(parts))
 
 
@@ -150,7 +158,7 @@ def figures(picture: Picture) -> Content:
     return Content("\n".join(lines))
 
 
-def end(info: RunInfo, picture: Picture, last_words: str) -> Content:
+def end(info: RunInfo, picture: Picture, last_words: str, box: str = "") -> Content:
     """Return how a run ended and what to do; nothing while it is at work."""
     if info.state == "finished":
         problem = [(f"\n{info.error}", "$text-error")] if info.error else []
@@ -161,6 +169,10 @@ def end(info: RunInfo, picture: Picture, last_words: str) -> Content:
         return Content.assemble((info.error, "$text-error"), f"\nThen: {info.next}")
     if info.state == "stopped":
         return Content(f"Stopped; what is finished is kept. Press r to go on, or type: {info.next}")
+    if info.state == "away":
+        return Content(
+            f"Nothing here watches it; on {box} it goes on. Press a to attach again, or type: {info.next}"
+        )
     return _failed(info, picture, last_words) if info.state in ("failed", "dead") else Content("")
 
 
