@@ -25,6 +25,8 @@ hypothesis.settings.load_profile("edgeprune")
 LONGEST = [
     "end_to_end",
     "run",
+    "box",
+    "box_end_to_end",
     "tui_terminal",
     "tui_wizard",
     "tui_end_to_end",
@@ -37,7 +39,8 @@ LONGEST = [
     "sources",
     "checkpoint",
     "tui_web",
-    "box",
+    "board",
+    "connection",
     "low_memory",
     "export",
     "light_training",

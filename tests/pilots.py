@@ -60,8 +60,10 @@ async def until(
 ) -> None:
     """Let the app work until ``condition`` holds; a condition that cannot be asked yet does not."""
     end = time.monotonic() + patience
+    pause = 0.01
     while True:
-        await pilot.pause(0.01)
+        await pilot.pause(pause)
+        pause = min(1.5 * pause, 0.1)  # a look costs, and what takes long is often others' work
         try:
             if condition():
                 return

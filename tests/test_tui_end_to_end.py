@@ -23,7 +23,7 @@ from edgeprune.tui.screens.target import TargetScreen
 def test_enter_goes_through_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No engine is mocked: the answers, the worker, the exports and the measuring are what a user gets."""
     monkeypatch.chdir(tmp_path)
-    tiny.save("llama", tmp_path / "little")
+    tiny.save("llama", tmp_path / "little", num_hidden_layers=2)
 
     async def act(pilot: Pilot[None]) -> None:
         app = pilot.app
