@@ -22,6 +22,7 @@ from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.events import Emit, Note, Progress, ignore
 from edgeprune.profiles import runner
 from edgeprune.quantities import format_count
+from edgeprune.remote.words import harmless
 
 STAGE = "profile"
 LOAD_TIMEOUT = 1800.0
@@ -380,7 +381,7 @@ class Worker:
         if not line:
             how, words = self._process.ending(), self._last_words()
             raise EdgepruneError(f"the process that measured {self.name} ended{how}: {words}")
-        answer = json.loads(line)
+        answer = harmless(json.loads(line))
         if "error" in answer:
             refused = answer["exit_code"] == BadInput.exit_code
             raise (BadInput if refused else EdgepruneError)(answer["error"])

@@ -254,6 +254,13 @@ def test_what_a_command_reads_and_writes(calm_link: Link) -> None:
     assert sorted(done.output.splitlines()) == sorted(lines)
 
 
+def test_nothing_that_is_said_commands_the_terminal(calm_link: Link) -> None:
+    evil = "\x1b]0;title\x07a\tb\nc\x9b2J"
+    harmless = "?]0;title?a\tb\nc?2J"
+    assert calm_link.run(["printf", "%s", evil]).output == harmless
+    assert calm_link.far(far_sample, "echo", value=[{evil: evil}]) == [{harmless: harmless}]
+
+
 def test_a_command_ended_by_a_signal(calm_link: Link) -> None:
     assert calm_link.run(["sh", "-c", "kill -TERM $$"]).code == -signal.SIGTERM
 

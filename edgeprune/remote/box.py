@@ -36,6 +36,7 @@ from edgeprune.recipe import Recipe, RecoverSection, WhereSection
 from edgeprune.remote import address, environment, far_runs, far_store, hosts, transfer
 from edgeprune.remote.address import Far
 from edgeprune.remote.connection import Link, Unreachable, connect
+from edgeprune.remote.words import harmless
 
 if TYPE_CHECKING:
     from edgeprune.worker import Stage, Work
@@ -249,7 +250,7 @@ class _Watch:
     def _take(self, line: bytes, end: int) -> dict[str, Any] | None:
         """Tell one event of the far log, or keep what it says of the run's end."""
         try:
-            event = event_from_json(json.loads(line))
+            event = event_from_json(harmless(json.loads(line)))
         except (ValueError, TypeError, AttributeError) as error:
             event = Note(text=f"a line of the log was skipped: {one_line(error)}", level="warning")
         event.far_offset = end

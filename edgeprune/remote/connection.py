@@ -33,6 +33,7 @@ from edgeprune.remote.background import Background, Told
 from edgeprune.remote.hosts import Host
 from edgeprune.remote.login import UnknownHostKey as UnknownHostKey
 from edgeprune.remote.login import Unreachable as Unreachable
+from edgeprune.remote.words import harmless
 
 OLDEST_PYTHON = (3, 9)
 """What functions over there are written for."""
@@ -181,6 +182,7 @@ class Link:
 
         async def work(told: Told) -> int:
             def hear(line: str) -> None:
+                line = harmless(line)
                 if lines and not lines[-1].endswith("\n"):
                     lines[-1] += "\n"  # the other stream's last line
                 lines.append(line)
@@ -363,7 +365,7 @@ class Link:
         name, python = self.host.name, self.host.python
         marked = [line for line in out if line.startswith(mark)]
         if not marked:
-            said = "".join(err or out).strip().rpartition("\n")[2]
+            said = harmless("".join(err or out).strip().rpartition("\n")[2])
             if code in (126, 127):
                 raise BadInput(
                     f"{name} has no {python} that can be run ({said}); install it there: "
@@ -372,7 +374,7 @@ class Link:
             if any("nknown option: -I" in line for line in err):
                 raise self._too_old("2")
             raise EdgepruneError(f"{name}: {function} ended with exit code {code}: {said}")
-        answer = json.loads(marked[-1].removeprefix(mark))
+        answer = harmless(json.loads(marked[-1].removeprefix(mark)))
         if "old" in answer:
             raise self._too_old(answer["old"])
         if "error" in answer:
@@ -456,7 +458,7 @@ class LineProcess:
 
     def stderr_tail(self) -> str:
         """Return the end of what the command has written to stderr so far."""
-        return "".join(self._errors)[-STDERR_TAIL:]
+        return str(harmless("".join(self._errors)[-STDERR_TAIL:]))
 
     def close(self) -> None:
         """Kill the command if it still runs, and all that it started and that did not leave its group."""
