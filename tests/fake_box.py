@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import fake_worker
-
 from edgeprune import run, worker
 from edgeprune.__main__ import main
 from edgeprune.events import Note, Progress
@@ -35,6 +33,8 @@ def second(work):
         while asked.exists():
             time.sleep(0.02)
     elif deed:
+        import fake_worker
+
         (work.folder / "misdeed").write_text(deed)
         fake_worker.misbehave(work)
     for name in (worker.PRUNED, worker.EXPORT_DENSE, worker.EXPORT_PRUNED):
@@ -52,7 +52,7 @@ def report(work):
     return {}
 
 
-worker.STAGES = (
+STAGES = (
     worker.Stage("source", "First", first),
     worker.Stage("second", "Second", second),
     worker.Stage("profile", "Profile", lambda work: {"devices": {}}),
@@ -60,6 +60,7 @@ worker.STAGES = (
 )
 
 if __name__ == "__main__":
+    worker.STAGES = STAGES
     if sys.argv[1] == "-m":
         run.WORKER = (sys.executable, __file__)
         sys.exit(main(sys.argv[3:]))

@@ -102,7 +102,8 @@ class Sshd:
         """Break all links to the server; it stays, and so do the commands that run there."""
         assert self._server is not None
         for session in self._sessions():
-            session.kill()
+            with suppress(psutil.NoSuchProcess):
+                session.kill()
 
     def is_linked(self) -> bool:
         """Tell whether anybody is logged in."""
@@ -206,11 +207,13 @@ class Sshd:
     def _sessions(self) -> list[psutil.Process]:
         """Return the server's processes that serve a link each, and not what their users run."""
         assert self._server is not None
-        try:
-            children = psutil.Process(self._server.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-        return [child for child in children if child.name().startswith("sshd")]
+        sessions = []
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._server.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # it has just ended
+                    if child.name().startswith("sshd"):
+                        sessions.append(child)
+        return sessions
 
 
 def _free_port() -> int:

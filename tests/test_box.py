@@ -51,7 +51,6 @@ def folder(tmp_path, sshd, monkeypatch):
     python.chmod(0o755)
     monkeypatch.setenv("FAKE_PYTHON", str(python))
     monkeypatch.setattr(engine, "WORKER", (sys.executable, str(FAKE)))
-    monkeypatch.setattr(worker, "STAGES", fake_box.worker.STAGES)
     made = tmp_path / "run"
     yield made
     for pid in (control.pid_of(made), far_pid(sshd, made)):
