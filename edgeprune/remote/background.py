@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 PATIENCE = 10.0
@@ -27,8 +28,11 @@ class Background:
     def call(self, work: Callable[[Told], Coroutine[Any, Any, _T]]) -> _T:
         """Return what ``work`` comes to. What it is to tell meanwhile is done in this thread, in order.
 
-        An exception here, as by Ctrl-C, cancels the work, which gets a while to clean up.
+        An exception here, as by Ctrl-C, cancels the work, which gets a while to clean up. CancelledError once it was
+        ended.
         """
+        if not self.is_alive():
+            raise CancelledError("it was closed")
         inbox: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         ended = threading.Event()
         future = asyncio.run_coroutine_threadsafe(_marked(work(inbox.put), ended), self._loop)
