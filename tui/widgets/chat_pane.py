@@ -100,8 +100,8 @@ class ChatPane(Vertical):
 
     def say_state(self, text: str) -> None:
         """Show how the model stands, under its conversation."""
-        if self.is_attached:
-            self.query_one(".chat-state", Static).update(text)
+        for line in self.query(".chat-state").results(Static):  # none, once the screen is left
+            line.update(text)
 
     def _show(self, who: str, text: str) -> Static:
         line = Static(f"{who}: {text}", classes=f"chat-{who.lower()}", markup=False)
