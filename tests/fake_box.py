@@ -14,12 +14,15 @@ from pathlib import Path
 
 from edgeprune import run, worker
 from edgeprune.__main__ import main
+from edgeprune.errors import BadInput
 from edgeprune.events import Note, Progress
 
 NOTES = 40
 
 
 def first(work):
+    if os.environ.get("FAKE_REFUSAL"):
+        raise BadInput(os.environ["FAKE_REFUSAL"])
     work.emit(Progress(stage="first", done=1, total=2, unit="things"))
     return {"source": {"name": "there", "path": "/nowhere"}}
 

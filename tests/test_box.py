@@ -262,6 +262,16 @@ def test_an_unknown_host_is_refused_and_nothing_is_left(recipe, folder, capsys):
     assert not folder.exists()
 
 
+def test_what_the_box_refuses_at_the_start_is_told_and_mended(recipe, folder, sshd, capsys):
+    python = Path(os.environ["FAKE_PYTHON"])
+    whole = python.read_text()
+    python.write_text(whole.replace("exec ", "FAKE_REFUSAL='it is of no use' exec "))
+    assert main(["run", str(recipe), "-o", str(folder), "--on", sshd.host.name]) == 2
+    assert f"error: {sshd.host.name}: it is of no use\n" in capsys.readouterr().err
+    python.write_text(whole)
+    assert main(["run", "--resume", str(folder), "--json"]) == 0
+
+
 def test_a_box_that_is_off_is_told(recipe, folder, sshd, capsys, monkeypatch):
     sshd.stop()
     assert main(["run", str(recipe), "-o", str(folder), "--on", sshd.host.name]) == 1

@@ -270,9 +270,8 @@ class _Watch:
         done = link.far(far_runs, "start", run=self.far.run, python=python)
         self.was_at_work = True
         if done["code"]:
-            said = [line for line in done["said"].splitlines() if line.strip()]
             error = BadInput if done["code"] == BadInput.exit_code else EdgepruneError
-            raise error(f"{self.far.host}: {said[-1] if said else 'the run did not begin there'}")
+            raise error(f"{self.far.host}: {_reason(done['said'])}")
 
     def _raise(self, failed: RunFailed) -> None:
         if failed.exit_code == worker.INTERRUPTED and not self.was_at_work:
@@ -290,6 +289,13 @@ class _Watch:
         return EdgepruneError(
             f"{self.far.host}: the run's worker is gone without a word (out of memory? restarted?){said}"
         )
+
+
+def _reason(said: str) -> str:
+    """Return what a command of edgeprune's said last that was wrong."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return "\n".join(errors or lines[-1:]) or "the run did not begin there"
 
 
 def told(folder: Path) -> int:
