@@ -141,6 +141,22 @@ def test_a_dead_link_loses_no_event_and_doubles_none(recipe, folder, sshd):
     told_once(folder)
 
 
+def test_the_link_may_die_while_the_run_is_begun(recipe, folder, sshd, tmp_path):
+    python = Path(os.environ["FAKE_PYTHON"])
+    began, go_on = tmp_path / "began", tmp_path / "go-on"
+    wait = f"touch {began}; while [ ! -e {go_on} ]; do sleep 0.02; done; exec "
+    python.write_text(python.read_text().replace("exec ", wait))
+    engine.start(_on(recipe, sshd.host.name), folder)
+    until(began.exists, "the box's edgeprune")
+    sshd.cut()
+    until(lambda: any("reached again" in text for text in notes(folder)), "another try")
+    go_on.touch()
+    control.attach(folder)
+    told_once(folder)
+    starts = read_events(far_folder(sshd, folder) / "run" / worker.EVENTS)
+    assert len([e for e in starts if isinstance(e, RunStarted)]) == 1
+
+
 def test_the_worker_here_can_be_killed(recipe, folder, sshd, monkeypatch):
     far = begun(recipe, folder, sshd, "wait")
     psutil.Process(control.pid_of(folder)).kill()

@@ -267,7 +267,7 @@ class _Watch:
     def _start(self, link: Link) -> None:
         python = environment.box(link, self.work.emit)
         self.work.emit(Note(text=f"{self.far.host} begins the run {self.far.run}"))
-        done = link.far(far_runs, "start", run=self.far.run, python=python)
+        done = link.far(far_runs, "start", run=self.far.run, python=python, seen=self.offset)
         self.was_at_work = True
         if done["code"]:
             error = BadInput if done["code"] == BadInput.exit_code else EdgepruneError

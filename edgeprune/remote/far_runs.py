@@ -84,14 +84,31 @@ def status(run: str) -> dict[str, Any]:
     return {"at_work": is_held(folder), "last_words": last_line(folder / "worker.log")}
 
 
-def start(run: str, python: str) -> dict[str, Any]:
+def start(run: str, python: str, seen: int) -> dict[str, Any]:
     """Let the edgeprune of ``python`` begin the run or go on with it, and leave it at work.
 
-    Returns the exit code of that command and what it said last; nothing is done where the run is at work already.
+    Returns the exit code of that command and what it said last. Nothing is done where the run is at work already, or
+    its log says more than the ``seen`` bytes that the caller knows: somebody else has begun it.
     """
     folder = found(run)
-    if is_held(folder / "run"):
-        return {"code": 0, "said": ""}
+    with (folder / "start.lock").open("w") as lock:
+        # Whoever asked before and lost the link is perhaps still beginning it: that command holds the lock, too.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_held(folder / "run") or _says_more(folder / "run" / "events.jsonl", seen):
+            return {"code": 0, "said": ""}
+        return _begin(folder, python, lock.fileno())
+
+
+def _says_more(log: Path, seen: int) -> bool:
+    try:
+        with log.open("rb") as file:
+            file.seek(seen)
+            return b"\n" in file.read()  # a line that was cut off says nothing
+    except OSError:
+        return False
+
+
+def _begin(folder: Path, python: str, lock: int) -> dict[str, Any]:
     begun = (folder / "run" / "state.json").exists()
     what = ["--resume", "run"] if begun else ["recipe.toml", "-o", "run"]
     done = subprocess.run(
@@ -103,6 +120,7 @@ def start(run: str, python: str) -> dict[str, Any]:
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
+        pass_fds=(lock,),
     )
     return {"code": done.returncode, "said": done.stderr}
 
