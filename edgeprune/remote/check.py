@@ -14,11 +14,10 @@ from edgeprune.profiles import runner
 from edgeprune.quantities import format_bytes
 from edgeprune.remote import far_check
 from edgeprune.remote.connection import Link
+from edgeprune.remote.environment import OLDEST_PYTHON
 from edgeprune.remote.hosts import Host
 
 SCHEMA_VERSION = 1
-OLDEST_PYTHON = (3, 11)
-"""That has wheels of what a box or a board needs: torch, onnxruntime, onnxruntime-genai."""
 OLDEST_GLIBC = (2, 28)
 """For which these are built."""
 ARCHITECTURES = ("x86_64", "aarch64", "arm64")

@@ -23,7 +23,7 @@ from edgeprune.remote.hosts import Host
 STAGE = "environment"
 RUNTIME = "onnxruntime-genai"
 OLDEST_PYTHON = (3, 11)
-"""That a box needs: the one in ``requires-python``."""
+"""That a box needs (``requires-python``), and that has wheels of what a board does."""
 LAST_LINES, LONGEST_LINE = 3, 200
 """How many of pip's last lines an error repeats, and how many characters of each."""
 
