@@ -21,7 +21,7 @@ from edgeprune import prune
 from edgeprune.events import Event, TrainStep
 from edgeprune.quantities import parse_count
 from edgeprune.recovery.recover import prune_and_recover
-from edgeprune.recovery.settings import training_for
+from edgeprune.recovery.settings import Training, training_for
 from edgeprune.texts import read_texts
 
 DATA = (
@@ -59,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--decay", type=float, default=Training.decay, help="share that falls")
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -95,6 +96,7 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
                 length=options.length,
                 batch=options.batch,
                 learning_rate=options.learning_rate,
+                decay=options.decay,
                 distill=next((DISTILL[part] for part in parts if part in DISTILL), 0.0),
                 lora_rank=32 if "lora" in parts else 0,
             )

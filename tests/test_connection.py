@@ -500,7 +500,8 @@ def test_a_part_of_a_file(calm_sshd: Sshd, calm_link: Link) -> None:
 
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_transfer_is_cut(sshd: Sshd, link: Link, tmp_path: Path, way: str) -> None:
-    content = os.urandom(20 * connection.BLOCK)
+    # the transfer goes on while it is being cut: 100 MB are not over by then
+    content = os.urandom(400 * connection.BLOCK)
     local, far = tmp_path / "local", sshd.home / "far"
     source, target = (local, far) if way == "up" else (far, local)
     source.write_bytes(content)
