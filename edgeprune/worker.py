@@ -51,6 +51,7 @@ RECIPE = "recipe.toml"
 STATE = "state.json"
 STOP = "stop"
 PRUNE_STATE = "prune-state.safetensors"
+MEASURED = "measured.json"
 RECOVERY = "recovery"
 TENSORBOARD = "tensorboard"
 UNFINISHED = "unfinished"
@@ -248,7 +249,24 @@ def _profile(work: Work) -> dict[str, Any]:
     from edgeprune.profiles import devices
 
     both = work.folder / EXPORT_PRUNED, work.folder / EXPORT_DENSE
-    return {"devices": devices.measure(*both, **work.recipe.profile.model_dump(), emit=work.emit)}
+    kept = work.folder / MEASURED
+    measured = devices.measure(
+        *both,
+        **work.recipe.profile.model_dump(),
+        known=_read_measured(kept),
+        keep=lambda found: _write_json(kept, found),
+        emit=work.emit,
+    )
+    remove(kept)
+    return {"devices": measured}
+
+
+def _read_measured(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what was measured before the run was interrupted, or a device failed."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _report(work: Work) -> dict[str, Any]:
@@ -405,13 +423,16 @@ def damaged_results(folder: Path) -> BadInput:
 
 def write_state(folder: Path, stages: dict[str, dict[str, Any]]) -> None:
     """Keep the finished ``stages``; a crash leaves the state before or after, never between."""
-    state = {"schema_version": STATE_VERSION, "stages": stages}
-    temporary = folder / f"{STATE}.tmp"
+    _write_json(folder / STATE, {"schema_version": STATE_VERSION, "stages": stages})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
+        json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(folder / STATE)
+    temporary.replace(path)
 
 
 def remove(path: Path) -> None:

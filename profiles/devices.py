@@ -18,12 +18,13 @@ from edgeprune.remote.connection import Link, connect
 from edgeprune.remote.hosts import Host
 
 Measure = Callable[..., dict[str, Any]]
+Documents = dict[str, dict[str, Any]]
 
 
 class NotAllMeasured(EdgepruneError):
     """Some devices could not be measured; ``measured`` has the documents of the others by their names."""
 
-    def __init__(self, failures: dict[str, EdgepruneError], measured: dict[str, dict[str, Any]]):
+    def __init__(self, failures: dict[str, EdgepruneError], measured: Documents):
         reasons = "; ".join(
             f"{name}: {str(error).removeprefix(f'{name}: ')}" for name, error in failures.items()
         )
@@ -42,11 +43,14 @@ def measure(
     threads: Threads = None,
     sustained: float = 0.0,
     connect: Callable[[Host], Link] = connect,
+    known: Documents | None = None,
+    keep: Callable[[Documents], object] = lambda _documents: None,
     emit: Emit = ignore,
-) -> dict[str, dict[str, Any]]:
+) -> Documents:
     """Return ``profile``'s document of each device by its name: "local", or a host as ``hosts.find`` takes it.
 
-    ``connect`` links to a host. Where there are several devices, what is told names the device.
+    ``connect`` links to a host. Devices with a document in ``known`` are not measured again; ``keep`` is called with
+    all documents whenever there is one more. Where there are several devices, what is told names the device.
 
     Raises:
         BadInput: an export cannot be measured, or there is no such host; nothing was measured.
@@ -64,12 +68,16 @@ def measure(
         "sustained": sustained,
     }
     ways = {name: _way(name, connect) for name in devices}
-    measured: dict[str, dict[str, Any]] = {}
+    measured = {name: document for name, document in (known or {}).items() if name in ways}
     failures: dict[str, EdgepruneError] = {}
     for name, way in ways.items():
+        if name in measured:
+            emit(Note(text=f"{name} was measured before"))
+            continue
         try:
             listener = emit if len(ways) == 1 else _naming(name, emit)
             measured[name] = way(export, **options, emit=listener)
+            keep(measured)
         except EdgepruneError as error:
             if len(ways) == 1 or isinstance(error, Interrupted):
                 raise
@@ -77,7 +85,7 @@ def measure(
             emit(Note(text=f"{name} was not measured: {error}", level="warning"))
     if failures:
         raise NotAllMeasured(failures, measured)
-    return measured
+    return {name: measured[name] for name in ways}
 
 
 def _way(name: str, connect: Callable[[Host], Link]) -> Measure:

@@ -16,6 +16,7 @@ from exports import spoil
 from sshd import Sshd, wait_until
 from sshd import sshd as sshd
 
+from edgeprune import recipe, worker
 from edgeprune.__main__ import main
 from edgeprune.errors import BadInput, EdgepruneError
 from edgeprune.events import Note, Progress
@@ -210,6 +211,32 @@ def test_the_others_are_measured_when_one_cannot_be_reached(far, tiny_export):
     assert list(caught.value.measured) == ["far"]
     (note,) = (event for event in events if isinstance(event, Note) and "gone" in event.text)
     assert note.level == "warning"
+
+
+def test_a_resumed_run_measures_only_the_devices_that_it_has_not(tmp_path, monkeypatch):
+    asked: list[str] = []
+
+    def measure(host: Host, *_: object, **__: object) -> dict[str, str]:
+        asked.append(host.name)
+        if host.name == "off" and asked.count("off") == 1:
+            raise Unreachable("off: does not answer")
+        return {"host": host.name}
+
+    monkeypatch.setattr(module, "check", lambda *_: None)
+    monkeypatch.setattr(board, "measure", measure)
+    for name in ("off", "on"):
+        hosts.add(Host(name=name, address=name))
+    settings = {"source": {"model": "m"}, "prune": {"sparsity": 0.1}}
+    settings |= {"profile": {"devices": ["off", "on"]}}
+    events = []
+    work = worker.Work(tmp_path, recipe.parse(settings), {}, events.append)
+    (profile,) = (stage for stage in worker.STAGES if stage.name == "profile")
+    with pytest.raises(devices.NotAllMeasured, match="off: does not answer"):
+        profile.do(work)
+    assert profile.do(work) == {"devices": {"off": {"host": "off"}, "on": {"host": "on"}}}
+    assert asked == ["off", "on", "off"]
+    assert events[-1].text == "on was measured before"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_only_device_fails_as_itself(tiny_export, sshd):
