@@ -11,6 +11,7 @@ one inside every Python where not; a part of them is held out. Perplexity is of 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -83,6 +84,10 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
     def listen(event: Event) -> None:
         if isinstance(event, TrainStep):
             speeds.append(event.tokens_per_second)
+            left = f"{event.seconds_left / 60:.0f} minutes left"
+            print(
+                f"{variant}: update {event.step} of {event.of}, {left}  ", end="\r", file=sys.stderr
+            )
 
     pruning = {"effort": options.effort, "calibration": options.calibration}
     started = time.monotonic()

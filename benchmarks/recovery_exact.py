@@ -5,6 +5,9 @@
 Two processes (gloo) train with whole weights in each (DDP) and with weights spread over both (FSDP2): the losses of all
 updates are compared. One process with a checkpoint after each update is killed by SIGKILL after a random one, and
 gone on with: its weights are compared by their SHA-256. Every process has one thread, since sums differ with them.
+
+In bfloat16 the losses depend on how many sequences are multiplied at once, also in one process: the row of half a batch
+at a time says how much. Two processes have half of it each.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ def main() -> None:
         print(f"| beside one process | largest difference of a loss (asked: {ASKED:g}) | weights |")
         print("|---|---|---|")
         tell("one process, once more", alone, run(work, "again"))
+        halves = run(work, "halves", "--micro-batch", str(options.batch // 2))
+        tell("one process, half a batch at a time", alone, halves)
         tell("two, DDP", alone, run(work, "whole", launcher=TOGETHER))
         tell("two, FSDP2", alone, run(work, "spread", "--sharded", launcher=TOGETHER))
         kept = ("--kept", str(work / "kept"))
@@ -74,6 +79,7 @@ def arguments() -> argparse.Namespace:
     own.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     own.add_argument("--kept", type=Path, help=argparse.SUPPRESS)
     own.add_argument("--kill", type=int, default=0, help=argparse.SUPPRESS)
+    own.add_argument("--micro-batch", type=int, help=argparse.SUPPRESS)
     own.add_argument("--sharded", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -111,6 +117,7 @@ def train(options: argparse.Namespace) -> None:
         options.steps * options.batch * options.length,
         options.length,
         options.batch,
+        micro_batch=options.micro_batch,
         learning_rate=1e-4,
         min_learning_rate=1e-5,
     )
