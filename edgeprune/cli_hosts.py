@@ -156,6 +156,31 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(short_help="Free the disk of a machine from what nothing uses.")
+def clean(name: Name, as_json: Json = False) -> None:
+    """Remove from a machine the Python environments in which nothing is at work, and what no run uses any more.
+
+    Each version of edgeprune has its own there, made again when it is needed. Runs stay: edgeprune clean NAME:RUN.
+
+    Example:
+
+    edgeprune hosts clean gpubox
+    """
+    from edgeprune.quantities import format_bytes
+    from edgeprune.remote import environment
+    from edgeprune.remote.hosts import find
+
+    host = find(name)
+    with connect(host) as link:
+        done = environment.clean(link)
+    if as_json:
+        console.json_document(done)
+        return
+    freed, used = format_bytes(done["bytes"]), done["used"]
+    kept = f"; {used} still in use" if used else ""
+    console.note(f"Freed {freed} on {host.name}: {done['removed']} environments removed{kept}.")
+
+
 @app.command(short_help="Forget a machine.")
 def remove(name: Name) -> None:
     """Forget a machine. Nothing is changed there.

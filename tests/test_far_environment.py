@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
+import subprocess
 import sys
 import sysconfig
 import zipfile
@@ -62,6 +64,28 @@ def test_platforms_are_those_of_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "confstr", lambda name: None)
     monkeypatch.setattr(sysconfig, "get_platform", lambda: "macosx-11.0-arm64")
     assert far_environment.platforms() == ["macosx_11_0_arm64"]
+
+
+def test_environments_in_which_nothing_is_at_work_are_removed(sshd: Sshd) -> None:
+    envs = sshd.home / ".local/share/edgeprune/envs"
+    for name in ("old", "busy", "begun"):
+        (envs / name / "venv").mkdir(parents=True)
+        (envs / name / "ready").touch()
+    (envs / "old" / "venv" / "library").write_bytes(b"x" * 5000)
+    (envs / "busy" / "python").symlink_to(sys.executable)
+    with (
+        (envs / "begun" / "lock").open("w") as lock,
+        subprocess.Popen([envs / "busy" / "python", "-c", "input()"], stdin=-1) as busy,
+        connect(sshd.host) as link,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = environment.clean(link)
+        assert done == {"removed": 1, "used": 2, "bytes": 5000}
+        assert sorted(path.name for path in envs.iterdir()) == ["begun", "busy"]
+        busy.communicate(b"\n")
+        lock.close()
+        assert environment.clean(link)["removed"] == 2
+    assert list(envs.iterdir()) == []
 
 
 FOUND = {"platforms": ["manylinux_2_28_aarch64", "manylinux2014_aarch64"], "version": "3.12.3"}

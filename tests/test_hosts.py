@@ -180,6 +180,9 @@ def test_a_host_is_added_listed_checked_and_removed(
     assert found["system"]["architecture"] == os.uname().machine
     assert not sshd.root.exists()
 
+    assert main(["hosts", "clean", "pi"]) == 0
+    assert "Freed 0 B on pi: 0 environments removed." in capsys.readouterr().err
+
     assert main(["hosts", "remove", "pi"]) == 0
     assert hosts.list_hosts() == []
     assert main(["hosts"]) == 0

@@ -54,6 +54,15 @@ def board(link: Link, emit: Emit) -> str:
     return _made(link, [f"{RUNTIME}=={version(RUNTIME)}", "numpy"], None, emit)
 
 
+def clean(link: Link) -> dict[str, int]:
+    """Remove the environments in which nothing is at work, and what was sent that nothing uses any more.
+
+    Returns how many were ``removed``, how many are ``used``, and the ``bytes`` freed. Raises as ``Link.far``.
+    """
+    done: dict[str, int] = link.far(far_environment, "remove_unused")
+    return {**done, "bytes": done["bytes"] + int(link.far(far_store, "clean"))}
+
+
 def _made(link: Link, wanted: list[str], own: Path | None, emit: Emit) -> str:
     carried = _wheelhouse(link.host)
     found = link.far(far_environment, "find", key=_key(wanted, own, carried))

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -124,6 +125,53 @@ def _install(place: Path, wanted: list[str], carried: bool, lock: int) -> int:
     for line in pip.stdout:
         say(line.rstrip())
     return pip.wait()
+
+
+def remove_unused() -> dict[str, int]:
+    """Remove the environments in which nothing is at work; whoever needs one again makes it again.
+
+    Returns how many were ``removed``, how many are ``used`` or being made, and the ``bytes`` freed.
+    """
+    lines = _command_lines()
+    done = {"removed": 0, "used": 0, "bytes": 0}
+    for place in (root() / "envs").glob("*/"):
+        freed = -1 if f"{place}{os.sep}" in lines else _remove(place)
+        if freed < 0:
+            done["used"] += 1
+        else:
+            done["removed"] += 1
+            done["bytes"] += freed
+    return done
+
+
+def _command_lines() -> str:
+    """Return what all processes here were called by."""
+    if Path("/proc/self/cmdline").exists():
+        return "\n".join(map(_command_line, Path("/proc").glob("[0-9]*")))
+    return subprocess.run(
+        ["ps", "-A", "-ww", "-o", "args="], stdout=subprocess.PIPE, check=True, encoding="utf-8"
+    ).stdout
+
+
+def _command_line(process: Path) -> str:
+    try:
+        return os.fsdecode((process / "cmdline").read_bytes())
+    except OSError:
+        return ""
+
+
+def _remove(place: Path) -> int:
+    """Remove an environment and return the bytes freed, -1 if it is being made."""
+    with (place / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return -1
+        if (place / "ready").exists():  # first, or what is left would be taken for the whole
+            (place / "ready").unlink()
+        found = [path.lstat() for path in place.rglob("*")]
+        shutil.rmtree(str(place))
+    return sum(each.st_size for each in found if stat.S_ISREG(each.st_mode) and each.st_nlink == 1)
 
 
 def say(line: str) -> None:
