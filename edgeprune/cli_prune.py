@@ -225,7 +225,7 @@ def recover(
         typer.Option(
             metavar="N",
             min=1,
-            help="Sequences an update; default: 128, fewer where the tokens would not make 100 updates.",
+            help="Sequences an update; default: 128, fewer where the tokens would not make 1000 updates.",
             show_default=False,
         ),
     ] = None,
@@ -242,11 +242,39 @@ def recover(
         float | None,
         typer.Option(
             metavar="RATE",
-            help="The highest; default: 2e-5, up to 2e-4 where there are few updates, ten times that with LoRA. "
-            "The lowest is a tenth.",
+            help="The highest; default: 2e-5, 2e-4 where there are fewer than 4000 updates, ten times that with LoRA.",
             show_default=False,
         ),
     ] = None,
+    min_learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            min=0,
+            help="What it ends with; default: a tenth of the highest.",
+            show_default=False,
+        ),
+    ] = None,
+    warmup: Annotated[
+        float,
+        typer.Option(metavar="PART", min=0, max=1, help="Of the updates, in which it rises."),
+    ] = 0.05,
+    decay: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            min=0,
+            max=1,
+            help="Of the updates, in which it falls; default: 0.1, 0.9 where there are fewer than 4000.",
+            show_default=False,
+        ),
+    ] = None,
+    clip: Annotated[
+        float, typer.Option(metavar="NORM", help="The largest norm of the gradients.")
+    ] = 1.0,
+    weight_decay: Annotated[
+        float, typer.Option(metavar="RATE", min=0, help="Of matrices, not of norms and biases.")
+    ] = 0.0,
     checkpointing: Annotated[
         bool,
         typer.Option("--checkpointing", help="Compute activations twice instead of keeping them."),
@@ -324,6 +352,11 @@ def recover(
             batch=batch,
             micro_batch=micro_batch,
             learning_rate=learning_rate,
+            min_learning_rate=min_learning_rate,
+            warmup=warmup,
+            decay=decay,
+            clip=clip,
+            weight_decay=weight_decay,
             distill=distill,
             temperature=temperature,
             teacher_top_k=teacher_top_k,

@@ -127,11 +127,21 @@ class RecoverSection(_Section):
     length: Annotated[int, Field(ge=2)] = 512
     """Tokens in a sequence."""
     batch: Positive | None = None
-    """Sequences an update; absent: 128, fewer where the tokens would not make 100 updates."""
+    """Sequences an update; absent: 128, fewer where the tokens would not make 1000 updates."""
     micro_batch: Positive | None = None
     """Sequences at once in a process; absent: as memory allows."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """The highest; absent: 2e-5, up to 2e-4 where there are few updates, ten times that with LoRA."""
+    """The highest; absent: 2e-5, 2e-4 where there are fewer than 4000 updates, ten times that with LoRA."""
+    min_learning_rate: Annotated[float, Field(ge=0)] | None = None
+    """What it ends with; absent: a tenth of the highest."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the updates in which it rises."""
+    decay: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the updates in which it falls; absent: 0.1, 0.9 where there are fewer than 4000 updates."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """The largest norm of the gradients."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of matrices, not of norms and biases."""
     checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"

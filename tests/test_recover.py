@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import edgeprune
-from edgeprune import machine
+from edgeprune import machine, outlook, recipe
+from edgeprune.__main__ import main
 from edgeprune.errors import BadInput
 from edgeprune.events import Evaluation, Note, PruneIteration, TrainStep
 from edgeprune.groups import describe_layers
@@ -126,14 +127,41 @@ def test_more_stages_than_updates_are_refused():
 def test_the_settings_follow_the_tokens_and_are_told():
     notes = []
     small = training_for(300_000, notes.append)
-    assert small.steps >= 100
+    assert small.steps >= 500
     assert small.batch < 128
     assert training_for(10**9).batch == 128
     assert training_for(10**9).learning_rate == 2e-5 < small.learning_rate <= 2e-4
     assert f"{small.steps} updates of {small.batch}" in notes[0].text
     assert training_for(300_000, batch=2, learning_rate=1e-3).learning_rate == 1e-3
+    assert training_for(300_000, learning_rate=1e-3).min_learning_rate == 1e-4
+    assert training_for(300_000, min_learning_rate=0.0).min_learning_rate == 0
+    assert training_for(300_000, warmup=0.3).decay == 0.7
+    assert training_for(300_000, warmup=0.3, decay=0.2).schedule.decay == 0.2
     with pytest.raises(BadInput, match="less than one update"):
         training_for(1000, batch=128)
+
+
+def test_the_command_line_and_a_recipe_set_the_schedule_alike(monkeypatch, tmp_path):
+    asked = []
+
+    def listen(*_, training, **__):
+        asked.append(training)
+        raise BadInput("enough")
+
+    monkeypatch.setattr(recovery, "recover", listen)
+    wanted = {
+        "min_learning_rate": 0.0,
+        "warmup": 0.1,
+        "decay": 0.5,
+        "clip": 2.0,
+        "weight_decay": 0.1,
+    }
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in wanted.items()]
+    given = ["--data", "builtin", "--tokens", "100k", *options]
+    assert main(["recover", "m", "-o", str(tmp_path / "out"), *given]) == 2
+    assert {name: getattr(asked[0], name) for name in wanted} == wanted
+    section = {"data": ["builtin"], "tokens": "100k", "distill": 0.0} | wanted
+    assert outlook.settings_of(recipe.RecoverSection(**section)) == asked[0]
 
 
 # ---- training alone

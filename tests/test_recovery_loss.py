@@ -176,9 +176,9 @@ def test_a_short_schedule_stays_within_its_bounds(steps):
 def test_small_budgets_get_enough_updates(tokens):
     made = defaults_for(tokens)
     made.check()
-    assert made.steps >= min(100, tokens // 512)
+    assert made.steps >= min(1000, tokens // 512)
     assert made.batch <= 128
-    assert 2e-5 <= made.learning_rate <= 2e-4
+    assert (made.learning_rate, made.decay) in [(2e-5, 0.1), (2e-4, 0.9)]
     if tokens >= 10**10:
         assert made == Training(tokens)
 

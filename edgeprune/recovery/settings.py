@@ -11,11 +11,12 @@ from edgeprune.events import Emit, Note, ignore
 from edgeprune.recovery import lora
 from edgeprune.recovery.schedule import Schedule
 
-# A schedule needs this many updates to warm up, work and decay.
-ENOUGH_STEPS = 100
-# From here on the paper's learning rate is taken as it is: a guess, to be measured.
+# What a small budget is divided into: with few tokens, many small updates win back more than few large ones.
+ENOUGH_STEPS = 1000
+# From here on the paper's schedule is taken as it is: a guess, to be measured.
 MANY_STEPS = 4000
-HIGHEST_RATE = 2e-4
+# Of shorter trainings: the highest rate, and the share of the updates in which it falls.
+SHORT_RATE, SHORT_DECAY = 2e-4, 0.9
 MOST_RECORDED = 65_535
 # Tokens of training between two measurements of the held-out loss: they cost a fifteenth of it at most.
 TOKENS_TO_EVALUATE = 100_000
@@ -130,6 +131,8 @@ def training_for(
     length: int = Training.length,
     batch: int | None = None,
     learning_rate: float | None = None,
+    min_learning_rate: float | None = None,
+    decay: float | None = None,
     **others: Any,
 ) -> Training:
     """Return the settings for a budget of tokens: what is None is chosen, and told.
@@ -141,22 +144,22 @@ def training_for(
         if value < 1:
             raise BadInput(f"{name} is {value}; it must be at least 1")
     chosen = defaults_for(tokens, length, batch)
+    rate = chosen.learning_rate if learning_rate is None else learning_rate
     if learning_rate is None and others.get("lora_rank"):
-        learning_rate = lora.RATE * chosen.learning_rate
-    if learning_rate is not None:
-        chosen = replace(
-            chosen,
-            learning_rate=learning_rate,
-            min_learning_rate=float(f"{learning_rate / 10:.2g}"),
-        )
-    made = replace(chosen, **others)
+        rate *= lora.RATE
+    lowest = float(f"{rate / 10:.2g}") if min_learning_rate is None else min_learning_rate
+    fall = min(chosen.decay, 1 - others.get("warmup", chosen.warmup)) if decay is None else decay
+    made = replace(chosen, learning_rate=rate, min_learning_rate=lowest, decay=fall, **others)
     made.check()
     if tokens < made.batch * length:
         raise BadInput(
             f"{tokens:,} tokens are less than one update of {made.batch} sequences x {length} tokens; train on more, "
             "or with a smaller batch or length"
         )
-    text = f"{made.steps} updates of {made.batch} sequences x {length} tokens, learning rate {made.learning_rate:g}"
+    text = (
+        f"{made.steps} updates of {made.batch} sequences x {length} tokens, learning rate {made.learning_rate:g}, "
+        f"falling in the last {made.decay:.0%}"
+    )
     emit(Note(text=text))
     return made
 
@@ -164,15 +167,15 @@ def training_for(
 def defaults_for(tokens: int, length: int = Training.length, batch: int | None = None) -> Training:
     """Return the settings for a budget of tokens.
 
-    A batch of 128 sequences x 512 tokens turns 5 M tokens into 76 updates: too few to warm up, move and decay. So a
-    small budget takes the largest power of two that leaves ``ENOUGH_STEPS`` updates. Few updates at the paper's
-    2e-5 also hardly leave the start, as Adam moves each weight by about the learning rate an update: it grows with
-    the inverse root of the number of updates, up to ``HIGHEST_RATE``. The lowest rate is a tenth of the highest.
+    A batch of 128 sequences x 512 tokens turns 5 M tokens into 76 updates: too few to warm up, move and fall. So a
+    small budget takes the largest power of two that leaves ``ENOUGH_STEPS`` updates. A short training also hardly
+    leaves the start at the paper's 2e-5, as Adam moves each weight by about the learning rate an update: it has
+    ``SHORT_RATE``, which then falls for most of the time. The lowest rate is a tenth of the highest.
     """
     most = max(1, tokens // (ENOUGH_STEPS * length))
     batch = batch or min(Training.batch, 1 << (most.bit_length() - 1))
     evaluations = min(Training.evaluations, max(1, tokens // TOKENS_TO_EVALUATE))
     made = Training(tokens, length, batch=batch, evaluations=evaluations)
-    rate = Training.learning_rate * max(1.0, math.sqrt(MANY_STEPS / made.steps))
-    rate = min(HIGHEST_RATE, float(f"{rate:.2g}"))
-    return replace(made, learning_rate=rate, min_learning_rate=float(f"{rate / 10:.2g}"))
+    if made.steps >= MANY_STEPS:
+        return made
+    return replace(made, learning_rate=SHORT_RATE, decay=SHORT_DECAY)
