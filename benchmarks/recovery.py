@@ -22,7 +22,7 @@ from edgeprune import prune
 from edgeprune.events import Event, TrainStep
 from edgeprune.quantities import parse_count
 from edgeprune.recovery.recover import prune_and_recover
-from edgeprune.recovery.settings import Training, training_for
+from edgeprune.recovery.settings import training_for
 from edgeprune.texts import read_texts
 
 DATA = (
@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--decay", type=float, default=Training.decay, help="share that falls")
+    parser.add_argument("--decay", type=float, help="share of the updates in which the rate falls")
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -74,6 +74,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default=beside("redpajama_sample.jsonl.gz", "builtin"))
     parser.add_argument("--text", default=plain_text("wiki.valid.raw.gz", "builtin-heldout"))
     parser.add_argument("--max-tokens", type=int, default=60_000)
+    parser.add_argument(
+        "--state", type=Path, help="folder for checkpoints: the same call goes on from it"
+    )
     return parser.parse_args()
 
 
@@ -114,7 +117,7 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
                 training=training,
                 interleavings=int(number),
                 keep_moments="fresh" not in parts,
-                work=Path(folder) / "work",
+                work=(options.state or Path(folder)) / variant,
                 emit=listen,
             )
             loss = f"{record['made']['recovery']['held_out_loss'][-1]['loss']:.3f}"
