@@ -176,9 +176,10 @@ def clean(name: Name, as_json: Json = False) -> None:
     if as_json:
         console.json_document(done)
         return
-    freed, used = format_bytes(done["bytes"]), done["used"]
-    kept = f"; {used} still in use" if used else ""
-    console.note(f"Freed {freed} on {host.name}: {done['removed']} environments removed{kept}.")
+    kept = f"; still in use: {done['used']}" if done["used"] else ""
+    console.note(
+        f"Freed {format_bytes(done['bytes'])} on {host.name}; environments removed: {done['removed']}{kept}."
+    )
 
 
 @app.command(short_help="Forget a machine.")

@@ -181,7 +181,7 @@ def test_a_host_is_added_listed_checked_and_removed(
     assert not sshd.root.exists()
 
     assert main(["hosts", "clean", "pi"]) == 0
-    assert "Freed 0 B on pi: 0 environments removed." in capsys.readouterr().err
+    assert "Freed 0 B on pi; environments removed: 0." in capsys.readouterr().err
 
     assert main(["hosts", "remove", "pi"]) == 0
     assert hosts.list_hosts() == []

@@ -134,7 +134,7 @@ def remove_unused() -> dict[str, int]:
     """
     lines = _command_lines()
     done = {"removed": 0, "used": 0, "bytes": 0}
-    for place in (root() / "envs").glob("*/"):
+    for place in filter(Path.is_dir, (root() / "envs").glob("*")):
         freed = -1 if f"{place}{os.sep}" in lines else _remove(place)
         if freed < 0:
             done["used"] += 1
