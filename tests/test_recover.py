@@ -167,6 +167,17 @@ def test_the_command_line_and_a_recipe_set_the_schedule_alike(monkeypatch, tmp_p
 # ---- training alone
 
 
+@pytest.mark.parametrize(("after", "warned"), [(2.5, False), (3.5, True)])
+def test_a_training_that_makes_the_model_worse_is_told(after, warned):
+    told = []
+    listener = recovery._Evaluations(told.append)
+    for step, loss in ((0, 3.0), (5, 2.0), (10, after)):
+        listener(Evaluation(step=step, loss=loss, perplexity=math.exp(loss), tokens=9))
+    listener.warn_if_worse()
+    notes = [event.text for event in told if isinstance(event, Note)]
+    assert [f"from 3.000 to {after:.3f}" in text for text in notes] == [True] * warned
+
+
 def test_training_lowers_the_loss_on_held_out_text_and_leaves_an_ordinary_checkpoint(
     dense, tmp_path, cache
 ):

@@ -109,7 +109,10 @@ def recover(
     )
     if work and checkpoints.latest(work / TRAINING):
         trainer.load(work / TRAINING)
+    elif packed[1] is not None:
+        trainer.evaluate()  # what the training starts from
     trainer.run()
+    measured.warn_if_worse()
     made = {
         "recovery": _described(training, data, measured, started) | {"teacher": _named(teacher)}
     }
@@ -484,6 +487,16 @@ class _Evaluations:
         if isinstance(event, Evaluation):
             self.found.append((event.step, event.loss))
         self._emit(event)
+
+    def warn_if_worse(self) -> None:
+        """Say so where the model was better before the training, on text that it was not trained on."""
+        if self.found and self.found[0][0] == 0 and self.found[-1][1] > self.found[0][1]:
+            (_, before), *_, (_, after) = self.found
+            text = (
+                f"the held-out loss went up, from {before:.3f} to {after:.3f}: the training made the model worse; give "
+                "it more text, fewer tokens, a lower --learning-rate, or the dense model as --teacher"
+            )
+            self._emit(Note(text=text, level="warning"))
 
 
 def _described(
