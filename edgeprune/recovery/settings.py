@@ -11,7 +11,7 @@ from edgeprune.events import Emit, Note, ignore
 from edgeprune.recovery import lora
 from edgeprune.recovery.schedule import Schedule
 
-# What a small budget is divided into: with few tokens, many small updates win back more than few large ones.
+# Updates that a small budget is divided into, where its tokens suffice (benchmarks/RESULTS.md, Recovery training).
 ENOUGH_STEPS = 1000
 # From here on the paper's schedule is taken as it is: a guess, to be measured.
 MANY_STEPS = 4000
