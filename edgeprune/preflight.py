@@ -38,6 +38,8 @@ WEIGHT_BYTES = 4
 ROOM = 200_000_000
 """Bytes of disk for tokenizers, logs, graphs and other small things."""
 
+# How often a text may be read in training: 2.9 times made a model worse (benchmarks/RESULTS.md, Recovery training).
+MOST_TIMES = 1.5
 NO_OPTIONS = ("calibration", "stream", "memory_budget")
 """Of the recipe's section ``[prune]``: where texts and weights are, not how to prune."""
 
@@ -508,11 +510,12 @@ def _text(spec: str) -> Finding:
 
 
 def _data(plan: Plan) -> Finding:
-    from edgeprune.recovery.mixture import parse_sources
+    from edgeprune.recovery.mixture import once_over, parse_sources
 
-    assert plan.recipe.recover is not None
+    wanted = plan.recipe.recover
+    assert wanted is not None
     try:
-        found = [each.spec for each in parse_sources(plan.recipe.recover.data)]
+        found = [each.spec for each in parse_sources(wanted.data)]
     except BadInput as error:
         raise BadInput(f"recover.data: {error}") from None
     here = [spec for spec in found if is_builtin(spec) or local_file(spec)]
@@ -521,7 +524,13 @@ def _data(plan: Plan) -> Finding:
     elsewhere = [spec for spec in found if spec not in here]
     told = [f"{', '.join(here)} can be read"] if here else []
     told += [f"{', '.join(elsewhere)} will be read from the Hub"] if elsewhere else []
-    return Finding("ok", "; ".join(told))
+    times = (wanted.tokens + wanted.held_out) / once_over(wanted.data)
+    if times <= MOST_TIMES:
+        return Finding("ok", "; ".join(told))
+    told += [
+        f"there is so little of it that it is read about {times:.0f} times and learnt by heart"
+    ]
+    return Finding("warning", "; ".join(told), "name more text, or train on fewer tokens")
 
 
 BEFORE = (

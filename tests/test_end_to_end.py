@@ -76,8 +76,8 @@ def test_a_recipe_makes_the_real_model_smaller_and_says_what_it_cost(
     trained = [e for e in read_events(folder / "events.jsonl") if isinstance(e, TrainStep)]
     assert [step.step for step in trained] == [1, 2, 3]
     assert all(step.kl is not None and 0 < step.kl < step.lm_loss for step in trained)
-    (measured,) = results["prune"]["made"]["recovery"]["held_out_loss"]
-    assert measured["step"] == 3
+    before, after = results["prune"]["made"]["recovery"]["held_out_loss"]
+    assert (before["step"], after["step"]) == (0, 3)
 
     model = edgeprune.load(folder / "pruned")
     assert model.num_parameters() == pruned["parameters"]

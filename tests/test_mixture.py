@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from types import SimpleNamespace
 
 import datasets
@@ -22,6 +23,7 @@ from edgeprune.recovery.mixture import (
     Unreachable,
     documents,
     look_up,
+    once_over,
     parse_sources,
 )
 from tests import tiny
@@ -60,6 +62,18 @@ def test_a_source_has_the_weight_1_or_its_own(tmp_path):
         ("owner/set:en:train", 3e6),
         ("builtin", 2.0),
     ]
+
+
+def test_how_much_there_is_to_read_is_told_by_sizes_and_weights(tmp_path):
+    text, packed = tmp_path / "a.txt", tmp_path / "b.jsonl.gz"
+    text.write_text("word " * 8000)
+    packed.write_bytes(b"." * 4000)
+    assert once_over([str(text)]) == 10_000
+    assert once_over([str(packed)]) == 3_000
+    # of three tokens in four the second file runs dry first
+    assert once_over([str(text), f"{packed}=3"]) == 4_000
+    assert once_over(["adapt-pruner"]) == once_over(["owner/set"]) == math.inf
+    assert once_over(["builtin", "owner/set"]) == 2 * once_over(["builtin"])
 
 
 def test_the_papers_mixture_has_nine_sources_with_tokens_and_licences():

@@ -88,7 +88,7 @@ def ticked(tmp_path, model):
 
 
 def test_every_check_of_a_run_that_can_be_done_is_ticked_with_its_figures(ticked):
-    found = ticked(recover={"data": ["builtin"], "tokens": "100k", "length": 128})
+    found = ticked(recover={"data": ["builtin"], "tokens": "50k", "length": 128})
     assert list(found) == [
         "model",
         "folder",
@@ -107,6 +107,15 @@ def test_every_check_of_a_run_that_can_be_done_is_ticked_with_its_figures(ticked
     assert "pruning takes about" in found["prune-memory"].text
     assert "training takes about" in found["train-memory"].text
     assert {"train-memory", "data"}.isdisjoint(ticked())
+
+
+def test_a_text_that_would_be_read_many_times_over_is_told(ticked):
+    section = {"data": ["builtin"], "tokens": "280k", "length": 128}
+    found = ticked(recover=section)["data"]
+    assert found.state == "warning"
+    assert "builtin can be read; " in found.text
+    assert "read about 5 times" in found.text
+    assert ticked(recover=section | {"held_out": 0, "tokens": "90k"})["data"].state == "ok"
 
 
 def test_what_needs_a_model_is_skipped_without_one_and_the_rest_is_checked(ticked, tmp_path):

@@ -89,6 +89,12 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def losses(folder):
+    """Return the held-out losses in a checkpoint's record, [(update, loss), ...]."""
+    found = read_provenance(folder)["made"]["recovery"]["held_out_loss"]
+    return [(each["step"], each["loss"]) for each in found]
+
+
 # ---- the plan
 
 
@@ -171,9 +177,9 @@ def test_the_command_line_and_a_recipe_set_the_schedule_alike(monkeypatch, tmp_p
 def test_a_training_that_makes_the_model_worse_is_told(after, warned):
     told = []
     listener = recovery._Evaluations(told.append)
-    for step, loss in ((0, 3.0), (5, 2.0), (10, after)):
+    for step, loss in ((5, 1.0), (5, 3.0), (7, 2.0), (10, after)):  # cut anew after the fifth
         listener(Evaluation(step=step, loss=loss, perplexity=math.exp(loss), tokens=9))
-    listener.warn_if_worse()
+    listener.warn_if_worse(since=5)
     notes = [event.text for event in told if isinstance(event, Note)]
     assert [f"from 3.000 to {after:.3f}" in text for text in notes] == [True] * warned
 
@@ -210,6 +216,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(dense, tmp_path,
     trained(dense, tmp_path / "out", cache, work=work, minutes=0.0, emit=steps.append)
     assert next(e.step for e in steps if isinstance(e, TrainStep)) == 4
     assert same(tmp_path / "whole", tmp_path / "out")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "out")
     assert not work.exists()
 
 
@@ -250,6 +257,8 @@ def test_the_target_is_met_and_each_stage_is_trained(dense, tmp_path, cache):
         whole = counts["dense_decoder"]
         assert sum(cut.layer_sparsity) / 4 == pytest.approx(1 - cut.decoder_parameters / whole)
     assert record["made"]["recovery"]["interleavings"] == 3
+    # after every update of so few, and before the last stage, which begins after the third
+    assert [step for step, _ in losses(tmp_path / "out")] == [1, 2, 3, 3, 4, 5, 6]
     assert record["source"]["name"] == "dense"
     assert not (tmp_path / "work").exists()
 
@@ -270,6 +279,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_model(
         interleaved(dense, tmp_path / "out", cache, minutes=0.0, emit=kill)
     interleaved(dense, tmp_path / "out", cache, minutes=0.0)
     assert same(uninterrupted, tmp_path / "out")
+    assert losses(uninterrupted) == losses(tmp_path / "out")
 
 
 def test_one_interleaving_is_to_prune_and_then_to_train(dense, tmp_path, cache):
@@ -277,6 +287,8 @@ def test_one_interleaving_is_to_prune_and_then_to_train(dense, tmp_path, cache):
     edgeprune.prune(dense, tmp_path / "pruned", sparsity=0.4, **PRUNING)
     trained(tmp_path / "pruned", tmp_path / "out", cache)
     assert same(tmp_path / "both", tmp_path / "out")
+    assert losses(tmp_path / "both") == losses(tmp_path / "out")
+    assert next(step for step, _ in losses(tmp_path / "out")) == 0
 
 
 def test_moments_that_are_kept_make_a_difference(dense, tmp_path, cache, uninterrupted):

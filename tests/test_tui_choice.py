@@ -123,6 +123,21 @@ def test_files_are_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     assert recipe.recipe()["recover"]["data"] == [f"{tmp_path / 'notes.txt'}=2", "builtin"]
 
 
+def test_a_text_is_read_once_unless_the_tokens_are_typed(tmp_path: Path) -> None:
+    def tokens(recovery: str, *data: str) -> int:
+        return Choice(recovery=recovery, data=data, own_tokens=5_000_000).tokens
+
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("word " * 400_000, "utf-8")
+    short.write_text("word " * 100, "utf-8")
+    assert tokens("quick", "builtin") == tokens("full", "builtin") == 40_000
+    assert (tokens("quick", str(long)), tokens("full", str(long))) == (300_000, 480_000)
+    assert (tokens("none", "builtin"), tokens("own", "builtin")) == (0, 5_000_000)
+    # what is of unknown size, too short for anything or gone is told elsewhere
+    unknown = ("adapt-pruner", "owner/set", str(short), str(tmp_path / "gone.txt"))
+    assert {tokens("full", each) for each in unknown} == {20_000_000}
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "value"),
     [

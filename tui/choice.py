@@ -5,6 +5,7 @@ Knows no screen and imports nothing heavy.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ PRECISIONS = ("int4", "int8", "fp16", "fp32")
 EFFORTS = ("quick", "balanced", "best")
 RECOVERIES = ("none", "quick", "full", "own")
 TOKENS = {"none": 0, "quick": 300_000, "full": 20_000_000}
+"""At most: a text is read once, as far as the size of its files tells."""
+FEWEST = 10_000
+"""Less is not worth a training: then there is too little text, which the preflight tells."""
 RUNS = "runs"
 HERE = "local"
 """As recipes name the machine at which a run is started."""
@@ -62,7 +66,9 @@ class Choice:
     @property
     def tokens(self) -> int:
         """Tokens to train on in all; 0: no recovery."""
-        return self.own_tokens if self.recovery == "own" else TOKENS[self.recovery]
+        if self.recovery in ("none", "own"):
+            return {"none": 0, "own": self.own_tokens}[self.recovery]
+        return int(min(TOKENS[self.recovery], _once_over(self.data)))
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe: the model, the target, precision and effort, and what differs from the defaults."""
@@ -254,6 +260,17 @@ def read_folder(text: str) -> str:
     if not text.strip() or taken:
         raise BadInput(f"Folder: {text.strip() or 'no name'} is not free; name a new one")
     return text.strip()
+
+
+def _once_over(data: Sequence[str]) -> float:
+    """Return how many tokens can be trained on without reading the texts again; infinite where that is not known."""
+    from edgeprune.recovery.mixture import HELD_OUT, once_over
+
+    try:
+        left = once_over(data) - HELD_OUT
+    except (BadInput, *IMPOSSIBLE):  # told where it was typed
+        return math.inf
+    return float(f"{left:.2g}") if left >= FEWEST else math.inf
 
 
 def licences(data: Sequence[str]) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from edgeprune.groups import Kept, cut, describe_layers
 from edgeprune.locations import own_name
 from edgeprune.options import Effort, Options
 from edgeprune.recovery import checkpoints, memory, teacher_cache
-from edgeprune.recovery.mixture import parse_sources
+from edgeprune.recovery.mixture import HELD_OUT, parse_sources
 from edgeprune.recovery.objective import check_vocabularies
 from edgeprune.recovery.packing import Packed, prepare
 from edgeprune.recovery.settings import Training
@@ -33,9 +33,8 @@ from edgeprune.recovery.trainer import Trainer, is_fsdp, launched
 from edgeprune.sources import Source
 from edgeprune.target import Target
 
-# Tokens that are never trained on: enough for a loss to 0.01 nats.
-HELD_OUT = 20_000
 TRAINING, KEPT = "training", "kept.safetensors"
+LOSSES = "held_out_losses"
 
 
 def cache_folder() -> Path:
@@ -88,7 +87,8 @@ def recover(
     source = _resolved(model, revision, trust_remote_code, emit)
     dtype = _stored_type(source)
     tokenizer = sources.load_tokenizer(source)
-    measured, accelerator = _Evaluations(emit), launched()
+    accelerator = launched()
+    measured = _Evaluations(emit if accelerator.is_main_process else ignore)
     taught = _teacher_source(teacher, training, trust_remote_code, emit)
     config, teaches = sources.load_config(source), taught and sources.load_config(taught)
     _check_memory(config, teaches, training, 0, accelerator, is_fsdp(accelerator), force)
@@ -109,10 +109,10 @@ def recover(
     )
     if work and checkpoints.latest(work / TRAINING):
         trainer.load(work / TRAINING)
-    elif packed[1] is not None:
-        trainer.evaluate()  # what the training starts from
+    measured.follow(trainer)
+    trainer.evaluate_at(0)
     trainer.run()
-    measured.warn_if_worse()
+    measured.warn_if_worse(since=0)
     made = {
         "recovery": _described(training, data, measured, started) | {"teacher": _named(teacher)}
     }
@@ -176,7 +176,8 @@ def prune_and_recover(
     decoder = sum(g.parameters for g in describe_layers(config))
     stages = plan(decoder, goal.removed, training.steps, interleavings, spacing)
     tokenizer = sources.load_tokenizer(source)
-    measured, accelerator = _Evaluations(emit), launched()
+    accelerator = launched()
+    measured = _Evaluations(emit if accelerator.is_main_process else ignore)
     sharded = is_fsdp(accelerator) if sharded is None else sharded
     _check_memory(config, config, training, stages[0].removed, accelerator, sharded, force)
     started = time.monotonic()
@@ -192,7 +193,7 @@ def prune_and_recover(
         tokenizer=tokenizer,
         keep_moments=keep_moments,
         work=work,
-        emit=measured,
+        measured=measured,
         accelerator=accelerator,
         new_trainer=partial(
             Trainer,
@@ -232,7 +233,7 @@ class _Interleaved:
     tokenizer: Any
     keep_moments: bool
     work: Path
-    emit: Emit
+    measured: _Evaluations
     accelerator: Any
     new_trainer: Callable[[Any], Trainer]
 
@@ -279,7 +280,7 @@ class _Interleaved:
         return state_file.read_kept(folder / KEPT)
 
     def _prune(self, number: int, folder: Path) -> None:
-        self.emit(Note(text=f"stage {number} of {len(self.stages)}: pruning"))
+        self.measured(Note(text=f"stage {number} of {len(self.stages)}: pruning"))
         before = self.source
         if number > 1:
             before = sources.resolve(self._folder(number - 1) / "trained")
@@ -312,7 +313,7 @@ class _Interleaved:
                         for s, share in zip(event.layer_sparsity, left, strict=True)
                     ],
                 )
-            self.emit(event)
+            self.measured(event)
 
         return pass_on
 
@@ -324,6 +325,10 @@ class _Interleaved:
         whole = sum(p.numel() for p in sources.build_on_meta(config).parameters())
         return {"params": whole - self.stages[number - 1].removed}
 
+    def _start(self, number: int) -> int:
+        """Return how many updates are made before a stage."""
+        return self.stages[number - 2].until if number > 1 else 0
+
     def _options(self, number: int) -> dict[str, Any]:
         effort: Effort = self.pruning.get("effort") or "balanced"
         iterations = self.pruning.get("iterations") or Options.of(effort).iterations
@@ -333,8 +338,10 @@ class _Interleaved:
 
     def _train(self, trainer: Trainer, number: int) -> None:
         """Train to the end of a stage, and leave its model for the next one to prune."""
-        trainer.notes = {"stage": number}
-        begun = trainer.step
+        self.measured.follow(trainer, stage=number)
+        begun, last = trainer.step, number == len(self.stages)
+        if last:  # those before are cut again, which no loss can be compared over
+            trainer.evaluate_at(self._start(number))
         trained = self._folder(number) / "trained"
         written = (
             trained.exists()
@@ -344,7 +351,9 @@ class _Interleaved:
             trainer.step == begun
         ):  # it was at its end: what goes on from there must find this stage's model
             trainer.save(self.work / TRAINING)
-        if number < len(self.stages) and not written:
+        if last:
+            self.measured.warn_if_worse(since=self._start(number))
+        elif not written:
             pruned = sources.resolve(self._folder(number) / "pruned")
             tokenizer, dtype = self.tokenizer, torch.float32
             _write(trainer, pruned, dtype, tokenizer, trained, {}, self.accelerator)
@@ -477,7 +486,7 @@ def _named(teacher: str | Path | None) -> str | None:
 
 
 class _Evaluations:
-    """Passes events on, and keeps the held-out losses for the record."""
+    """Passes events on, and keeps the held-out losses for the record and in the trainer's checkpoints."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
@@ -488,13 +497,20 @@ class _Evaluations:
             self.found.append((event.step, event.loss))
         self._emit(event)
 
-    def warn_if_worse(self) -> None:
-        """Say so where the model was better before the training, on text that it was not trained on."""
-        if self.found and self.found[0][0] == 0 and self.found[-1][1] > self.found[0][1]:
-            (_, before), *_, (_, after) = self.found
+    def follow(self, trainer: Trainer, **notes: Any) -> None:
+        """Take over what the trainer's last checkpoint has kept, and have it keep ``notes`` and what is to come."""
+        if not self.found:
+            self.found += [(int(step), loss) for step, loss in trainer.notes.get(LOSSES, [])]
+        trainer.notes = {**notes, LOSSES: self.found}
+
+    def warn_if_worse(self, *, since: int) -> None:
+        """Say so where the model was better after the update ``since``, on text that it was not trained on."""
+        before = [loss for step, loss in self.found if step == since]
+        if before and self.found[-1][1] > before[-1]:
             text = (
-                f"the held-out loss went up, from {before:.3f} to {after:.3f}: the training made the model worse; give "
-                "it more text, fewer tokens, a lower --learning-rate, or the dense model as --teacher"
+                f"the held-out loss went up, from {before[-1]:.3f} to {self.found[-1][1]:.3f}: the training made the "
+                "model worse; name more text, or train on fewer tokens, at a lower learning rate, or with the dense "
+                "model as the teacher"
             )
             self._emit(Note(text=text, level="warning"))
 

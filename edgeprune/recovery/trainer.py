@@ -323,6 +323,11 @@ class Trainer:
 
     # ---- measuring
 
+    def evaluate_at(self, step: int) -> None:
+        """Measure the held-out loss, where there is text for it, if so many updates are made."""
+        if self.step == step and self._held_out is not None:
+            self.evaluate()
+
     def evaluate(self) -> float:
         """Return the held-out loss in nats a token. BadInput if there is no held-out text."""
         data = self._held_out

@@ -116,6 +116,7 @@ class RecipeScreen(WizardScreen):
     @on(Pick.Changed, "#effort")
     @on(Pick.Changed, "#recovery")
     @on(Input.Changed, "#own_tokens")
+    @on(Input.Changed, "#data")
     def _other_times(self) -> None:
         self.ask_times()
 
@@ -140,6 +141,11 @@ class RecipeScreen(WizardScreen):
         """Show the rows that count, and what follows from the choices."""
         for name, row in self._rows.items():
             row.display = self._counts(name)
+        chosen = self.app.choice
+        little = chosen.tokens < TOKENS.get(chosen.recovery, 0)
+        self._rows["data"].note(
+            f"{format_count(chosen.tokens)} tokens, read once" if little else ""
+        )
         self._preview.show(list(self._facts()))
 
     def _facts(self) -> Iterator[tuple[str, str]]:
@@ -157,7 +163,8 @@ class RecipeScreen(WizardScreen):
             yield (
                 "Data",
                 "such texts, with commas between them, each perhaps with a weight "
-                "(notes.txt=3, builtin=1); or adapt-pruner, the paper's mixture of data sets",
+                "(notes.txt=3, builtin=1); or adapt-pruner, the paper's mixture of data sets; "
+                "quick and full read a text once: again and again it would be learnt by heart",
             )
 
     def _time(self, recovery: str) -> str:
@@ -167,7 +174,7 @@ class RecipeScreen(WizardScreen):
         return f"{mark} {recovery}: {what}, {self._times.get(recovery, 'time unknown yet')}"
 
     def _tokens(self, recovery: str) -> int:
-        return TOKENS.get(recovery, self.app.choice.own_tokens)
+        return replace(self.app.choice, recovery=recovery).tokens
 
     # ---- how long it takes
 
