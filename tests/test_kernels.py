@@ -29,7 +29,7 @@ def test_a_replaced_model_is_the_model(family, monkeypatch):
     model, data = tiny.model(family).double(), packed(3, length=72)
     loss, wanted = gradients(model, data)
     before = {n: type(m).forward for n, m in model.named_modules()}
-    with kernels.fused(model, 72, compiled=False):
+    with kernels.fused(model, 72, torch.float64, compiled=False):
         assert any("forward" in vars(m) for m in model.modules())
         assert model.config._attn_implementation == kernels.ATTENTION
         fused, found = gradients(model, data)
@@ -43,7 +43,7 @@ def test_a_replaced_model_is_the_model(family, monkeypatch):
 
 def test_a_float32_model_is_left_alone():
     model = tiny.model("llama")
-    with kernels.fused(model, 32, compiled=True):
+    with kernels.fused(model, 32, torch.float32, compiled=True):
         assert not any("forward" in vars(m) for m in model.modules())
 
 

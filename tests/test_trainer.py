@@ -22,6 +22,7 @@ from edgeprune.recovery import checkpoints
 from edgeprune.recovery.objective import Objective
 from edgeprune.recovery.settings import Training
 from edgeprune.recovery.trainer import Trainer
+from edgeprune.recovery.weights import squares
 from tests import killed_trainer, tiny
 from tests.packed import InMemory, packed
 
@@ -88,6 +89,11 @@ def test_an_update_is_torchs_own():
     ).step()
     for (name, a), b in zip(ours.weights().items(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b.detach(), atol=2e-5, rtol=0, msg=name)
+
+
+def test_the_norm_of_many_gradients_is_not_rounded_away():
+    many = torch.randn(5 * 10**7, generator=torch.Generator().manual_seed(0))
+    assert float(squares(many)) == pytest.approx(float(many.double().square().sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

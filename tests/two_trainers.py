@@ -84,6 +84,7 @@ def is_given_as_recorded(accelerator, data) -> bool:
     Objective._teaching = look
     machine.compute_dtype = lambda *_: torch.bfloat16
     train(accelerator, stop=1, settings=RECORDED, data=data, sharded=True)
+    Objective._teaching = teaching
     return set(seen) == {torch.float16}
 
 
@@ -109,5 +110,6 @@ def main(folder: Path) -> None:
         told = train(accelerator, settings=RECORDED, data=data, sharded=sharded)
         found[f"{way}, recorded"] = told
     found["kept in half precision"] = is_given_as_recorded(accelerator, data)
+    found["in bfloat16"] = [train(accelerator, sharded=sharded) for sharded in (False, True)]
     if accelerator.is_main_process:
         (folder / "losses.json").write_text(json.dumps(found))

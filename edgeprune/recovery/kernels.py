@@ -226,7 +226,9 @@ def _blocks(length: int) -> list[slice]:
 
 
 @contextmanager
-def fused(model: Any, length: int, *, compiled: bool, attention: bool = True) -> Iterator[None]:
+def fused(
+    model: Any, length: int, dtype: torch.dtype, *, compiled: bool, attention: bool = True
+) -> Iterator[None]:
     """Run a model that computes in bfloat16 with what is written here, for as long as the context is open.
 
     In float32, matrix products take so long that nothing else matters, and the model is left as it is.
@@ -234,15 +236,16 @@ def fused(model: Any, length: int, *, compiled: bool, attention: bool = True) ->
     Args:
         model: of transformers.
         length: of the sequences to come.
+        dtype: to compute in; the parameters' own is another where they are spread over processes.
         compiled: fuse the passes with torch.compile: takes a minute or two at the first use on a machine.
         attention: replace attention too, where that is quicker for going backward.
     """
-    parameter = next(model.parameters())
+    device = next(model.parameters()).device.type
     undo: list[Callable[[], None]] = []
-    if parameter.dtype != torch.float32:
-        run: Run = _compiled if compiled and compiles(parameter.device.type) else _as_written
+    if dtype != torch.float32:
+        run: Run = _compiled if compiled and compiles(device) else _as_written
         undo = [*_replace_modules(model, run), *_replace_rotary(model, run)]
-        if attention and parameter.device.type == "cpu" and length <= LONGEST_ATTENTION:
+        if attention and device == "cpu" and length <= LONGEST_ATTENTION:
             undo += _replace_attention(model)
     try:
         yield

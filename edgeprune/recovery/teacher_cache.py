@@ -216,7 +216,7 @@ def _predictions(
     left = (len(packed) - done) * packed.length
     flops = 2 * sum(p.numel() for p in model.parameters()) * left
     compiled = flops >= kernels.WORTH_COMPILING
-    with kernels.fused(model, packed.length, compiled=compiled, attention=False):
+    with kernels.fused(model, packed.length, model.dtype, compiled=compiled, attention=False):
         for first in range(done, len(packed), rows):
             batch = packed.batch(range(first, min(first + rows, len(packed))))
             batch = Batch(*(getattr(batch, name).to(device) for name in SEQUENCES))

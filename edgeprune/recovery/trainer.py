@@ -198,13 +198,13 @@ class Trainer:
 
     @contextmanager
     def _fused(self) -> Iterator[None]:
-        length = self.settings.length
+        how = (self.settings.length, self._dtype)
         compiled = self._flops() * self.settings.tokens >= kernels.WORTH_COMPILING
         with ExitStack() as stack:
-            stack.enter_context(kernels.fused(self.model, length, compiled=compiled))
+            stack.enter_context(kernels.fused(self.model, *how, compiled=compiled))
             if self._teacher is not None:
                 stack.enter_context(
-                    kernels.fused(self._teacher, length, compiled=compiled, attention=False)
+                    kernels.fused(self._teacher, *how, compiled=compiled, attention=False)
                 )
             yield
 

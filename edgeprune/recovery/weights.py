@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Numbers whose squares are added up at one go.
+PIECE = 2**20
+
 
 class Replica:
     """All weights of a model on this process's device: trained where they require gradients, or frozen.
@@ -74,7 +77,7 @@ class Replica:
                 place.zero_()
         if accelerator.num_processes > 1:
             torch.distributed.all_reduce(self._flat)
-        norm = float(torch.linalg.vector_norm(self._flat)) * scale
+        norm = float(squares(self._flat).sqrt()) * scale
         self._flat.mul_(scale * min(1.0, clip / (norm + 1e-6)))
         return norm
 
@@ -149,9 +152,9 @@ class Shards:
         """Multiply the gradients by ``scale``, clip them; return their norm before."""
         scale *= self._processes  # fully_shard gives the mean over the processes
         gradients = [_local(m.grad) for m in self.masters.values() if m.grad is not None]
-        squares = torch.stack([g.square().sum() for g in gradients]).sum()
-        torch.distributed.all_reduce(squares)
-        norm = float(squares.sqrt()) * scale
+        total = torch.stack([squares(g) for g in gradients]).sum()
+        torch.distributed.all_reduce(total)
+        norm = float(total.sqrt()) * scale
         torch._foreach_mul_(gradients, scale * min(1.0, clip / (norm + 1e-6)))
         return norm
 
@@ -172,6 +175,15 @@ class Shards:
 
     def release(self) -> None:
         """Let the model go: its weights stay spread."""
+
+
+def squares(tensor: Tensor) -> Tensor:
+    """Return the sum of a contiguous tensor's squares.
+
+    Added up at one go, 10^8 of them in float32 give a norm that is 2 % too low on CPUs.
+    """
+    pieces = tensor.flatten().split(PIECE)
+    return torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]).square().sum()
 
 
 def _local(tensor: Any) -> Tensor:
