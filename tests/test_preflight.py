@@ -211,7 +211,7 @@ def far(monkeypatch):
 
 def test_a_run_on_other_machines_is_checked_there(ticked, far, monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: machine.Memory(GB, 1_000_000))
-    found = ticked(recover={"data": ["builtin"], "tokens": "100k", "length": 128}, **ELSEWHERE)
+    found = ticked(recover={"data": ["builtin"], "tokens": "50k", "length": 128}, **ELSEWHERE)
     assert set(found) == {
         *("model", "folder", "libraries", "target", "lengths", "calibration", "evaluation"),
         *("data", "disk", "box", "device-pi5"),
