@@ -407,6 +407,7 @@ MEASURED = (
     (0.4, "balanced", 0, 27.1, 84.7),
     (0.4, "quick", 0, 27.1, 91.6),
     (0.4, "quick", 300_000, 27.2, 57.0),
+    (0.4, "quick", 1_000_000, 27.2, 53.7),
     (0.6, "best", 0, 27.1, 152.3),
 )
 MEASURED_WHERE = "WikiText-2, benchmarks/RESULTS.md"
@@ -417,13 +418,15 @@ def quality(
 ) -> list[dict[str, Any]]:
     """Return the measured cases nearest to a planned cut, from below and from above, as far as there are any.
 
-    The same model comes before another, then what was trained where training is planned, then the nearest sparsity.
+    The same model comes before another, then what was trained where training is planned, then the nearest sparsity, then
+    the nearest number of tokens.
     """
 
     def distance(case: Case) -> tuple[Any, ...]:
         trained = bool(case.tokens) == bool(tokens)
         away = round(abs(case.sparsity - sparsity), 3)
-        return not case.same_model, not trained, away, case.effort != effort
+        more = abs(case.tokens - tokens)
+        return not case.same_model, not trained, away, more, case.effort != effort
 
     cases = [*_own_cases(past, source), *_published_cases(source)]
     below = [case for case in cases if case.sparsity <= sparsity + 1e-3]

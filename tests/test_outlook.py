@@ -333,6 +333,7 @@ def test_the_published_figures_are_those_of_the_measured_model():
     assert above["ratio"] == pytest.approx(57.0 / 27.2)
     assert "RESULTS.md" in above["text"]
     assert below["same_model"]
+    assert experience.quality([], TABLE_MODEL, 0.4, "quick", 900_000)[0]["tokens"] == 1_000_000
 
 
 def test_own_runs_come_before_what_is_published(model, here, remember):
