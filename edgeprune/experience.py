@@ -418,8 +418,8 @@ def quality(
 ) -> list[dict[str, Any]]:
     """Return the measured cases nearest to a planned cut, from below and from above, as far as there are any.
 
-    The same model comes before another, then what was trained where training is planned, then the nearest sparsity, then
-    the nearest number of tokens.
+    The same model comes before another, then what was trained where training is planned, then the nearest sparsity,
+    then the nearest number of tokens.
     """
 
     def distance(case: Case) -> tuple[Any, ...]:
