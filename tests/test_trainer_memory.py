@@ -50,7 +50,7 @@ def test_the_activations_are_estimated_from_above_and_nearly(dtype):
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, kernels.fused(model, 128, compiled=False):
+    with hooks, kernels.fused(model, 128, model.dtype, compiled=False):
         out = last_hidden(model, packed(4, length=128).batch(range(4)))
     settings = Training(tokens=1000, length=128, batch=4)
     found = estimate(model.config, settings, 4, dtype).activations
