@@ -275,6 +275,8 @@ def test_a_source_that_runs_dry_begins_anew_without_what_is_held_out(tmp_path, t
     (warning,) = notes(events)
     assert f"a.jsonl holds {holds:,} tokens" in warning
     assert "about 3.2 times (epochs)" in warning or "about 3.3 times (epochs)" in warning
+    _, _, events = made(tmp_path, tokenizer, source, tokens=3 * holds, held_out=holds // 4)
+    assert notes(events) == [warning], "of what is prepared already, too"
     trained, kept = texts_in(training, tokenizer), texts_in(held_out, tokenizer)
     assert training.tokens == 3 * holds
     whole = [text for text in documents(source, tokenizer) if text in kept[:-1]]

@@ -34,7 +34,7 @@ from edgeprune.events import Emit, Note, Progress, ignore
 from edgeprune.quantities import format_bytes
 from edgeprune.recovery.loss import IGNORED
 from edgeprune.recovery.mixture import DataSource, Unreachable, look_up
-from edgeprune.recovery.streams import Encoder, Ids, Stream, fingerprint
+from edgeprune.recovery.streams import Encoder, Ids, Stream, fingerprint, repeated
 
 VERSION = 1
 TRAINING, HELD_OUT = "training", "held-out"
@@ -235,14 +235,15 @@ def prepare(
     }
     folder = cache / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
     ready = _opened(folder)
-    if ready:
-        return ready
-    _check_room(cache, (tokens + held_out) * encode.dtype.itemsize)
-    with alone(folder, emit):
-        ready = _opened(folder)  # by the process that was waited for
-        if not ready:
-            _make(folder, what, found, encode, emit)
-    return ready or (Packed(folder / TRAINING), Packed(folder / HELD_OUT))
+    if not ready:
+        _check_room(cache, (tokens + held_out) * encode.dtype.itemsize)
+        with alone(folder, emit):
+            ready = _opened(folder)  # by the process that was waited for
+            if not ready:
+                _make(folder, what, found, encode, emit)
+                return Packed(folder / TRAINING), Packed(folder / HELD_OUT)
+    _tell_repeated(folder, [source for source, _ in found], tokens + held_out, emit)
+    return ready
 
 
 def _check(sources: Sequence[DataSource], tokens: int, length: int, held_out: int) -> None:
@@ -281,7 +282,7 @@ def _make(
             source,
             revision,
             encode,
-            wanted=round(tokens * source.weight / whole),
+            wanted=_wanted(source, whole, tokens),
             seed=f"{what['seed']} {n}",
             held_out=held_out,
             emit=emit,
@@ -296,6 +297,7 @@ def _make(
                 "revision": revision,
                 "tokens_read": stream.tokens,
                 "times_begun": stream.epochs + 1,
+                "holds": stream.holds,
                 "rows_skipped": stream.skipped.rows,
             }
             for (_, revision), stream in zip(found, streams, strict=True)
@@ -335,6 +337,23 @@ def _pack(
 def _turn(streams: Sequence[Stream], given: Sequence[int]) -> int:
     """Return the number of the source that is furthest behind its weight."""
     return min(range(len(streams)), key=lambda n: given[n] / streams[n].source.weight)
+
+
+def _wanted(source: DataSource, whole: float, tokens: int) -> int:
+    return round(tokens * source.weight / whole)
+
+
+def _tell_repeated(folder: Path, sources: Sequence[DataSource], tokens: int, emit: Emit) -> None:
+    """Warn of the sources that ran dry when ``folder`` was made, as was done then."""
+    try:
+        used = json.loads((folder / MIXTURE).read_text(encoding="utf-8"))["used"]
+        held = [each["holds"] for each in used]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # made by an earlier version: nothing but this warning needs the file
+    whole = sum(source.weight for source in sources)
+    for source, holds in zip(sources, held, strict=True):
+        if holds:
+            emit(repeated(source, holds, _wanted(source, whole, tokens)))
 
 
 def _tell_skipped(streams: Sequence[Stream], emit: Emit) -> None:

@@ -89,6 +89,8 @@ class Stream:
         emit: Emit,
     ) -> None:
         self.source, self.skipped, self.tokens, self.epochs = source, Skipped(), 0, 0
+        self.holds: int | None = None
+        """All its tokens but the held-out ones, once it ran dry."""
         self._revision, self._encode, self._wanted = revision, encode, wanted
         self._seed, self.held_out, self._emit = seed, held_out, emit
 
@@ -105,7 +107,8 @@ class Stream:
             if self.tokens == before:
                 raise self._too_little()
             if not self.epochs:
-                self._tell()
+                self.holds = self.tokens
+                self._emit(repeated(self.source, self.holds, self._wanted))
 
     def _epoch(self) -> Iterator[Ids]:
         # what is skipped is counted once
@@ -124,14 +127,14 @@ class Stream:
             "documents, or hold out less"
         )
 
-    def _tell(self) -> None:
-        self._emit(
-            Note(
-                level="warning",
-                text=f"{self.source.spec} holds {self.tokens:,} tokens and {self._wanted:,} are "
-                f"asked of it: it is read about {self._wanted / self.tokens:.1f} times (epochs)",
-            )
-        )
+
+def repeated(source: DataSource, holds: int, wanted: int) -> Note:
+    """Return the warning of a source of which more tokens are wanted than it holds."""
+    return Note(
+        level="warning",
+        text=f"{source.spec} holds {holds:,} tokens and {wanted:,} are asked of it: it is read about "
+        f"{wanted / holds:.1f} times (epochs)",
+    )
 
 
 def fingerprint(ids: Ids) -> bytes:
