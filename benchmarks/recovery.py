@@ -4,8 +4,9 @@
 
 A variant is a number of interleavings, with ``-distill`` (half of the loss follows the dense model; ``-taught``: all of
 it), ``-fresh`` (the optimizer's moments begin anew after each cut) or ``-lora`` (additions of rank 32 are trained).
-``none`` is the pruned model without training. Trains on the texts beside the repository where they are present, on the
-one inside every Python where not; a part of them is held out. Perplexity is of --text, as in quality.py.
+``none`` is the pruned model without training, ``dense`` the whole one. Trains on the texts beside the repository where
+they are present, on the one inside every Python where not; a part of them is held out. Perplexity is of --text, as in
+quality.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from pathlib import Path
 
 from quality import TEXTS, beside, measured, plain_text
 
-from edgeprune import prune
+from edgeprune import machine, prune, sources
 from edgeprune.events import Event, TrainStep
 from edgeprune.quantities import parse_count
-from edgeprune.recovery.recover import prune_and_recover
-from edgeprune.recovery.settings import training_for
+from edgeprune.recovery.mixture import HELD_OUT, parse_sources
+from edgeprune.recovery.packing import prepare
+from edgeprune.recovery.recover import cache_folder, prune_and_recover
+from edgeprune.recovery.settings import Training, training_for
+from edgeprune.recovery.trainer import Trainer
 from edgeprune.texts import read_texts
 
 DATA = (
@@ -82,6 +86,17 @@ def arguments() -> argparse.Namespace:
 
 def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense: float) -> str:
     number, *parts = variant.split("-")
+    training = training_for(
+        tokens,
+        length=options.length,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        decay=options.decay,
+        distill=next((DISTILL[part] for part in parts if part in DISTILL), 0.0),
+        lora_rank=32 if "lora" in parts else 0,
+    )
+    if number == "dense":
+        return f"| dense | {dense:.1f} | 1 | {dense_loss(options, training):.3f} | | |"
     speeds: list[float] = []
 
     def listen(event: Event) -> None:
@@ -99,15 +114,6 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
         if number == "none":
             prune(options.model, output, sparsity=options.sparsity, **pruning)
         else:
-            training = training_for(
-                tokens,
-                length=options.length,
-                batch=options.batch,
-                learning_rate=options.learning_rate,
-                decay=options.decay,
-                distill=next((DISTILL[part] for part in parts if part in DISTILL), 0.0),
-                lora_rank=32 if "lora" in parts else 0,
-            )
             record = prune_and_recover(
                 options.model,
                 output,
@@ -125,6 +131,22 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
         found = measured(str(output), text, options.max_tokens).token_perplexity
     speed = f"{sorted(speeds)[len(speeds) // 2]:.0f}" if speeds else ""
     return f"| {variant} | {found:.1f} | {found / dense:.2f} | {loss} | {speed} | {whole:.0f} |"
+
+
+def dense_loss(options: argparse.Namespace, training: Training) -> float:
+    """Return the dense model's loss on the text that the others hold out, in nats a token."""
+    source = sources.resolve(options.model)
+    data, held_out = prepare(
+        parse_sources(options.data or ["builtin"]),
+        sources.load_tokenizer(source),
+        tokens=training.steps * training.batch * training.length,
+        length=training.length,
+        held_out=HELD_OUT,
+        cache=cache_folder(),
+        seed=training.seed,
+    )
+    model = sources.load_model(source, dtype=machine.compute_dtype())
+    return Trainer(model, training, data, held_out=held_out).evaluate()
 
 
 if __name__ == "__main__":
