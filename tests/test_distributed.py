@@ -58,8 +58,9 @@ def test_two_processes_train_as_one_does(together):
     assert len(alone) == 7
     found = json.loads((together / "losses.json").read_text())
     assert found.pop("kept in half precision")
-    replicated, sharded = found.pop("in bfloat16")  # both compute with the kernels of one process
-    assert sharded[:3] == pytest.approx(replicated[:3], abs=1e-5)
+    # the same kernels and the same norm: a bit of either, and all losses of 8 bits differ by 1e-3
+    replicated, sharded = found.pop("in bfloat16")
+    assert sharded == pytest.approx(replicated, abs=1e-6)
     assert "cannot be shared by 2 processes" in found.pop("refused")
     data = two_trainers.recorded(together)
     taught = two_trainers.train(settings=two_trainers.RECORDED, data=data)

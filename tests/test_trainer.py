@@ -91,9 +91,12 @@ def test_an_update_is_torchs_own():
         torch.testing.assert_close(a, b.detach(), atol=2e-5, rtol=0, msg=name)
 
 
-def test_the_norm_of_many_gradients_is_not_rounded_away():
+def test_the_norm_of_many_gradients_is_not_rounded_away_and_the_same_in_parts():
     many = torch.randn(5 * 10**7, generator=torch.Generator().manual_seed(0))
-    assert float(squares(many)) == pytest.approx(float(many.double().square().sum()), rel=1e-4)
+    whole = float(squares(many))
+    assert whole == pytest.approx(float(many.double().square().sum()), rel=1e-12)
+    parts = many[: 2 * 10**7 + 1], many[2 * 10**7 + 1 :], many[:0]
+    assert float(sum(squares(part) for part in parts)) == pytest.approx(whole, rel=1e-12)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
