@@ -153,11 +153,11 @@ def training_for(
     made.check()
     if tokens < made.batch * length:
         raise BadInput(
-            f"{tokens:,} tokens are less than one update of {made.batch} sequences x {length} tokens; train on more, "
+            f"{tokens:,} tokens are less than one update of {made.batch} x {length} tokens; train on more, "
             "or with a smaller batch or length"
         )
     text = (
-        f"{made.steps} updates of {made.batch} sequences x {length} tokens, learning rate {made.learning_rate:g}, "
+        f"{made.steps} updates of {made.batch} x {length} tokens, learning rate {made.learning_rate:g}, "
         f"falling in the last {made.decay:.0%}"
     )
     emit(Note(text=text))
