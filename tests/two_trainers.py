@@ -110,9 +110,8 @@ def main(folder: Path) -> None:
         told = train(accelerator, settings=RECORDED, data=data, sharded=sharded)
         found[f"{way}, recorded"] = told
     found["kept in half precision"] = is_given_as_recorded(accelerator, data)
-    at_once = replace(
-        SETTINGS, micro_batch=4
-    )  # sums over micro batches have another order when sharded
+    # in one micro batch: sums over several have another order when sharded
+    at_once = replace(SETTINGS, micro_batch=4)
     found["in bfloat16"] = [
         train(accelerator, settings=at_once, sharded=sharded) for sharded in (False, True)
     ]
