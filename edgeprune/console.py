@@ -114,7 +114,6 @@ def _err() -> Console:
     return Console(stderr=True)
 
 
-@cache
 def _out() -> Console:
     from rich.console import Console
 

@@ -17,7 +17,6 @@ from edgeprune.errors import BadInput
 from edgeprune.events import Emit, Evaluation, Event, Note, PruneIteration, TrainStep
 
 TRAINING, PRUNING = ".", "pruning"
-FLUSH_SECONDS = 10.0
 OF_A_STEP = (
     "loss",
     "lm_loss",
@@ -68,7 +67,6 @@ class TensorBoard:
     def __init__(self, folder: Path, emit: Emit) -> None:
         self._folder, self._emit = folder.absolute(), emit
         self._writers: dict[str, Any] = {}
-        self._flushed: float | None = None
         self._failed = False
 
     def __call__(self, event: Event) -> None:
@@ -76,8 +74,6 @@ class TensorBoard:
         self._emit(event)
         with self._forgiven():
             self._write(event)
-            if self._flushed is None or time.monotonic() - self._flushed >= FLUSH_SECONDS:
-                self._flush()
 
     def close(self) -> None:
         """Flush to the disk and close."""
@@ -105,16 +101,20 @@ class TensorBoard:
         from tensorboardX.proto.summary_pb2 import Summary
 
         run, step, figures = found
+        # A loss held out is measured after its update, whose own figures a process that goes on from there keeps.
+        first = step + 1 if isinstance(event, Evaluation) else step
         values = [
             Summary.Value(tag=tag, simple_value=value)
             for tag, value in figures.items()
             if value is not None
         ]
         record = Record(wall_time=event.time, step=step, summary=Summary(value=values))
-        self._writer(run, event.time, step).write_event(record)
+        writer = self._writer(run, event.time, first)
+        writer.write_event(record)
+        writer.flush()  # at once: the checkpoint that comes next may be what a killed run goes on from
 
-    def _writer(self, run: str, now: float, step: int) -> Any:
-        """Return what appends to a run; what is there of ``step`` and later is of a process that was ended."""
+    def _writer(self, run: str, now: float, first: int) -> Any:
+        """Return what appends to a run; what is there of ``first`` and later is of a process that was ended."""
         if run in self._writers:
             return self._writers[run]
         # Not SummaryWriter: it writes in a thread, and when that dies of a full disk the training waits for it forever.
@@ -127,14 +127,9 @@ class TensorBoard:
         # the name has but seconds, and the file of an earlier process must not be overwritten
         writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         started = SessionLog(status=SessionLog.START)
-        writer.write_event(Record(wall_time=now, step=step, session_log=started))
+        writer.write_event(Record(wall_time=now, step=first, session_log=started))
         self._writers[run] = writer
         return writer
-
-    def _flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
-            self._flushed = time.monotonic()
 
 
 def _figures(event: Event) -> tuple[str, int, dict[str, float | None]] | None:

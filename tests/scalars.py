@@ -12,10 +12,15 @@ from tensorboardX.record_writer import masked_crc32c
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Give the records of a file: length and its checksum, content and its checksum."""
+    """Give the records of a file: length and its checksum, content and its checksum.
+
+    What ends in the middle of a record was written by a process that was ended there.
+    """
     data = path.read_bytes()
-    while data:
+    while len(data) >= 12:
         size, size_sum = struct.unpack("<QI", data[:12])
+        if len(data) < 12 + size + 4:
+            return
         content, (content_sum,) = data[12 : 12 + size], struct.unpack("<I", data[12 + size :][:4])
         assert size_sum == masked_crc32c(data[:8])
         assert content_sum == masked_crc32c(content)

@@ -303,6 +303,16 @@ def test_doctor(call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.code == (1 if missing else 0), missing
 
 
+def test_answers_are_as_wide_as_the_terminal_is_now(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for width in (100, 60):
+        monkeypatch.setenv("COLUMNS", str(width))
+        console.show("word " * 50)
+        longest = max(map(len, capsys.readouterr().out.splitlines()))
+        assert width - 5 <= longest <= width
+
+
 def test_json_is_strict(capsys: pytest.CaptureFixture[str]) -> None:
     console.json_document({"x": [float("nan"), float("inf"), 1.5], "p": Path("a")})
     assert json.loads(capsys.readouterr().out) == {"x": [None, None, 1.5], "p": "a"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboardX.event_file_writer import EventsWriter
 
-from edgeprune import machine, tensorboard
+from edgeprune import machine
 from edgeprune.__main__ import main
 from edgeprune.errors import BadInput
 from edgeprune.events import Evaluation, Note, Progress, PruneIteration, TrainStep
@@ -92,6 +92,15 @@ def test_steps_that_are_done_again_are_shown_once(tmp_path):
     assert scalars.steps(tmp_path / "pruning", "prune/loss") == [8, 9]
 
 
+def test_an_update_is_still_shown_where_the_loss_after_it_is_measured_once_more(tmp_path):
+    write(tmp_path, *(train_step(n) for n in (1, 2, 3)))
+    held_out = Evaluation(step=2, loss=2.0, perplexity=7.5, tokens=9, time=1003.0)
+    write(tmp_path, held_out, *(train_step(n, loss=1.0) for n in (3, 4)))
+    found = scalars.read(tmp_path)
+    assert [value for _, value, _ in found["train/loss"]] == [3.5, 3.5, 1.0, 1.0]
+    assert [step for step, _, _ in found["held_out/loss"]] == [2]
+
+
 def test_nothing_is_made_without_figures_or_unasked(tmp_path):
     events = [Note(text="x"), Progress(stage="data", done=1, total=2)]
     assert write(tmp_path / "board", *events) == events
@@ -99,19 +108,11 @@ def test_nothing_is_made_without_figures_or_unasked(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_running_training_can_be_followed(tmp_path, monkeypatch):
-    clock = 0.0
-    monkeypatch.setattr(tensorboard.time, "monotonic", lambda: clock)
+def test_a_running_training_can_be_followed_and_a_kill_loses_nothing(tmp_path):
     with recorded(tmp_path, lambda event: None) as emit:
-        emit(train_step(1))
-        assert scalars.steps(tmp_path, "train/loss") == [1]
-        emit(train_step(2))
-        assert scalars.steps(tmp_path, "train/loss") == [1]
-        clock = tensorboard.FLUSH_SECONDS
-        emit(Progress(stage="prune", done=1, total=2))
-        assert scalars.steps(tmp_path, "train/loss") == [1, 2]
-        emit(train_step(3))
-    assert scalars.steps(tmp_path, "train/loss") == [1, 2, 3]
+        for step in (1, 2, 3):
+            emit(train_step(step))
+            assert scalars.steps(tmp_path, "train/loss")[-1] == step
 
 
 def test_what_was_heard_is_kept_when_the_training_fails(tmp_path):
@@ -139,7 +140,6 @@ def test_a_disk_that_fails_is_told_once_and_the_training_goes_on(tmp_path, monke
         folder.write_text("")
     else:
         monkeypatch.setattr(EventsWriter, "flush", full)
-    monkeypatch.setattr(tensorboard, "FLUSH_SECONDS", 0.0)
     events = [train_step(1), train_step(2), iteration(1)]
     heard = write(folder, *events)
     (note,) = (event for event in heard if isinstance(event, Note))
