@@ -3,7 +3,8 @@
     python benchmarks/recovery.py [--tokens 300k] [--variants 1 4 8 4-distill 4-fresh]
 
 A variant is a number of interleavings, with ``-distill`` (half of the loss follows the dense model; ``-taught``: all of
-it), ``-fresh`` (the optimizer's moments begin anew after each cut) or ``-lora`` (additions of rank 32 are trained).
+it; ``-recorded``: half of it, from the 64 likeliest tokens on disk), ``-fresh`` (the optimizer's moments begin anew
+after each cut), ``-8bit`` (moments of 8 bits) or ``-lora`` (additions of rank 32 are trained).
 ``none`` is the pruned model without training, ``dense`` the whole one. Trains on the texts beside the repository where
 they are present, on the one inside every Python where not; a part of them is held out. Perplexity is of --text, as in
 quality.py.
@@ -16,15 +17,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from quality import TEXTS, beside, measured, plain_text
 
 from edgeprune import machine, prune, sources
 from edgeprune.events import Event, TrainStep
 from edgeprune.quantities import parse_count
-from edgeprune.recovery.mixture import HELD_OUT, parse_sources
-from edgeprune.recovery.packing import prepare
-from edgeprune.recovery.recover import cache_folder, prune_and_recover
+from edgeprune.recovery.recover import packed_data, prune_and_recover
 from edgeprune.recovery.settings import Training, training_for
 from edgeprune.recovery.trainer import Trainer
 from edgeprune.texts import read_texts
@@ -36,7 +36,13 @@ DATA = (
     "openstax_ccby.jsonl.gz",
 )
 
-DISTILL = {"distill": 0.5, "taught": 1.0}
+PARTS: dict[str, dict[str, Any]] = {
+    "distill": {"distill": 0.5},
+    "taught": {"distill": 1.0},
+    "recorded": {"distill": 0.5, "teacher_top_k": 64},
+    "8bit": {"optimizer": "adamw-8bit"},
+    "lora": {"lora_rank": 32},
+}
 
 
 def main() -> None:
@@ -92,8 +98,7 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
         batch=options.batch,
         learning_rate=options.learning_rate,
         decay=options.decay,
-        distill=next((DISTILL[part] for part in parts if part in DISTILL), 0.0),
-        lora_rank=32 if "lora" in parts else 0,
+        **{name: value for part in parts for name, value in PARTS.get(part, {}).items()},
     )
     if number == "dense":
         return f"| dense | {dense:.1f} | 1 | {dense_loss(options, training):.3f} | | |"
@@ -136,15 +141,8 @@ def row(options: argparse.Namespace, variant: str, tokens: int, text: str, dense
 def dense_loss(options: argparse.Namespace, training: Training) -> float:
     """Return the dense model's loss on the text that the others hold out, in nats a token."""
     source = sources.resolve(options.model)
-    data, held_out = prepare(
-        parse_sources(options.data or ["builtin"]),
-        sources.load_tokenizer(source),
-        tokens=training.steps * training.batch * training.length,
-        length=training.length,
-        held_out=HELD_OUT,
-        cache=cache_folder(),
-        seed=training.seed,
-    )
+    tokenizer = sources.load_tokenizer(source)
+    data, held_out = packed_data(options.data or ["builtin"], tokenizer, training)
     model = sources.load_model(source, dtype=machine.compute_dtype())
     return Trainer(model, training, data, held_out=held_out).evaluate()
 

@@ -1,6 +1,7 @@
 """What an update of recovery training costs: its speed against the matrix product, its memory against the estimate.
 
     python benchmarks/train_cost.py [--steps 12] [--batch 8] [--length 512] [--distill 0.5] [--checkpointing]
+        [--optimizer adamw-8bit]
 
 Share of the peak: 6 x parameters x tokens a second, and 2 x the teacher's, over the speed of a large matrix product
 in the same type, measured right after each update: virtual machines change their speed by the second. The first
@@ -15,7 +16,7 @@ import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from speed import matrix_speed
@@ -25,7 +26,7 @@ from edgeprune.events import Event, TrainStep
 from edgeprune.recovery.memory import estimate
 from edgeprune.recovery.mixture import parse_sources
 from edgeprune.recovery.packing import prepare
-from edgeprune.recovery.settings import Training
+from edgeprune.recovery.settings import OptimizerName, Training
 from edgeprune.recovery.trainer import Trainer
 
 WARM_UP = 2
@@ -42,6 +43,7 @@ def main() -> None:
         micro_batch=options.micro_batch,
         distill=options.distill,
         checkpointing=options.checkpointing,
+        optimizer=options.optimizer,
     )
     with tempfile.TemporaryDirectory() as cache:
         packed, _ = prepare(
@@ -88,6 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--distill", type=float, default=0.0)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="adamw")
     return parser.parse_args()
 
 

@@ -92,7 +92,7 @@ def recover(
     taught = _teacher_source(teacher, training, trust_remote_code, emit)
     config, teaches = sources.load_config(source), taught and sources.load_config(taught)
     _check_memory(config, teaches, training, 0, accelerator, is_fsdp(accelerator), force)
-    packed = _packed(data, tokenizer, training, held_out, cache, emit)
+    packed = packed_data(data, tokenizer, training, held_out, cache, emit)
     started = time.monotonic()
     packed, teaching = _taught(packed, taught, config, training, accelerator, force, emit)
     trainer = Trainer(
@@ -181,7 +181,7 @@ def prune_and_recover(
     sharded = is_fsdp(accelerator) if sharded is None else sharded
     _check_memory(config, config, training, stages[0].removed, accelerator, sharded, force)
     started = time.monotonic()
-    packed = _packed(data, tokenizer, training, held_out, cache, emit)
+    packed = packed_data(data, tokenizer, training, held_out, cache, emit)
     taught = source if training.distill else None
     packed, teaching = _taught(packed, taught, config, training, accelerator, force, emit)
     run = _Interleaved(
@@ -397,15 +397,21 @@ def _loaded_type(training: Training, accelerator: Any) -> torch.dtype:
     return machine.compute_dtype(accelerator.device) if training.lora_rank else torch.float32
 
 
-def _packed(
+def packed_data(
     data: Sequence[str],
     tokenizer: Any,
     training: Training,
-    held_out: int,
-    cache: Path | None,
-    emit: Emit,
+    held_out: int = HELD_OUT,
+    cache: Path | None = None,
+    emit: Emit = ignore,
 ) -> tuple[Packed, Packed | None]:
-    """Return what to train on, as much as the updates take, and what to measure on."""
+    """Return what to train on, as much as the updates take, and what to measure on.
+
+    ``held_out`` and ``cache`` are as ``recover`` takes them.
+
+    Raises:
+        BadInput: as ``packing.prepare``; the settings cannot be used.
+    """
     training.check()
     first, second = prepare(
         parse_sources(data),
