@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from edgeprune import library, recipe, run, runs, worker
+from edgeprune import control, library, recipe, run, runs, worker
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted
 from edgeprune.events import Emit, Event, Note, Progress
 from edgeprune.recipe import Recipe
@@ -64,6 +64,7 @@ class Server:
             "preflight": self._preflight,
             "start": self._start,
             "resume": self._resume,
+            "stop_away": self._stop_away,
             "export": self._export if alone else self._export_elsewhere,
             "hosts": self._hosts,
             "host_check": self._host_check,
@@ -189,6 +190,18 @@ class Server:
         self._must_finish()
         started = run.restart(folder, _notes(part))
         return {"folder": started.folder, "pid": started.pid}
+
+    def _stop_away(self, _part: Part, folder: str) -> dict[str, Any]:
+        """Stop what another machine does for a run that nothing here watches; ``told``: it was at work."""
+        self._must_finish()
+        from edgeprune.remote import address, box
+
+        far = address.read(Path(folder))
+        if far is None:
+            raise BadInput(f"{folder} is not done by another machine; see: edgeprune runs")
+        told = box.stop(far)
+        control.say_stopped(Path(folder))
+        return {"told": told}
 
     def _must_finish(self) -> None:
         self._unfinished.append(threading.current_thread())

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from sshd import sshd as sshd
 
-from edgeprune import control, runs, worker
+from edgeprune import answers, control, runs, worker
 from edgeprune import recipe as recipes
 from edgeprune import run as engine
 from edgeprune.__main__ import main
@@ -191,11 +191,23 @@ def test_stop_stops_the_run_at_the_box_and_resume_goes_on(recipe, folder, sshd, 
     assert runs.describe(folder).state == "finished"
 
 
-def test_a_run_that_nobody_here_watches_is_stopped_too(recipe, folder, sshd):
+@pytest.mark.parametrize("by", ["the command line", "the app"])
+def test_a_run_that_nobody_here_watches_is_stopped_too(recipe, folder, sshd, by):
     begun(recipe, folder, sshd, "wait")
     psutil.Process(control.pid_of(folder)).kill()
     until(lambda: runs.describe(folder).state == "away", "the end of the worker here")
-    assert main(["stop", str(folder)]) == 0
+    if by == "the app":
+        said = []
+        line = json.dumps({"id": 1, "ask": "stop_away", "args": {"folder": str(folder)}})
+
+        def asked():
+            yield line.encode()
+            until(lambda: said, "an answer")
+
+        answers.Server(said.append, alone=True).serve(asked())
+        assert said == [{"id": 1, "answer": {"told": True}}]
+    else:
+        assert main(["stop", str(folder)]) == 0
     until(lambda: not far_pid(sshd, folder), "the end at the box")
     assert runs.describe(folder).state == "stopped"
 

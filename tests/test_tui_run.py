@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pilots import FixedAnswers, piloted, seen, until
+from pilots import FixedAnswers, piloted, seen, told, until
 
 from edgeprune import control, lock, runs, worker
 from edgeprune import recipe as recipes
@@ -399,12 +399,18 @@ def test_resume_asks_the_engine_and_a_refusal_is_shown(folder, monkeypatch):
         show(folder, act, resume=resume)
 
 
-def test_a_run_that_goes_on_elsewhere_is_attached_to_again(folder):
+@pytest.fixture
+def away(folder):
+    """A run at work on another machine, which nothing here watches."""
     address.write(folder, address.Far("lab", "run-1"))
     worker.write_state(folder, {"send": {"seconds": 1.0, "result": {}}})
     started = RunStarted(folder="run", stages=["send", *NAMES], finished=["send"], pid=1)
     write(folder, started, StageStarted(stage="source", title="Check the source model"))
-    runs.remember(folder)
+    return folder
+
+
+def test_a_run_that_goes_on_elsewhere_is_attached_to_again(away):
+    runs.remember(away)
     asked = []
 
     def resume(on_part, folder):
@@ -415,19 +421,19 @@ def test_a_run_that_goes_on_elsewhere_is_attached_to_again(folder):
     async def act(pilot, screen):
         await until_seen(pilot, "→ away", "on lab", "▶source", "Press a to attach again")
         await until_seen(pilot, "edgeprune attach", "a Attach")
-        assert not {"p Pause", "s Stop", "r Resume"} & set(seen(pilot.app).split("  "))
+        assert not {"p Pause", "r Resume"} & set(seen(pilot.app).split("  "))
         await pilot.press("escape")
         await until_seen(pilot, "→ away")
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(pilot.app.screen, RunScreen))
         await until_seen(pilot, "a Attach")
-        with at_work(folder):
+        with at_work(away):
             await pilot.press("a")
             await until_seen(pilot, "▶ running", "s Stop")
             assert "Pause" not in seen(pilot.app)  # what another machine does cannot stand still
-        assert asked == [str(folder)]
+        assert asked == [str(away)]
 
-    show(folder, act, resume=resume)
+    show(away, act, resume=resume)
 
 
 def test_a_state_that_only_a_newer_engine_knows_is_shown(folder):
@@ -449,4 +455,26 @@ def test_other_themes_and_no_colour(folder, monkeypatch):
             await until_seen(pilot, "┤", "▶ running", "✓source ▶prune")
 
     with at_work(folder):
-        show(folder, act)
+        show(away, act)
+
+
+@pytest.mark.parametrize("was_at_work", [True, False])
+def test_a_run_that_goes_on_elsewhere_is_stopped_from_here(away, was_at_work):
+    asked = []
+
+    def stop_away(on_part, folder):
+        asked.append(folder)
+        control.say_stopped(Path(folder))
+        return {"told": was_at_work}
+
+    async def act(pilot, screen):
+        await until_seen(pilot, "→ away", "on lab", "s Stop")
+        await pilot.press("s")
+        await until(pilot, lambda: isinstance(pilot.app.screen, StopScreen))
+        await pilot.press("enter")
+        said = "Stopped on lab" if was_at_work else "lab has ended it already"
+        await until(pilot, lambda: said in told(pilot.app))
+        await until_seen(pilot, "Press r to go on", "r Resume")
+        assert asked == [str(away)]
+
+    show(away, act, stop_away=stop_away)

@@ -246,7 +246,7 @@ class RunScreen(Screen[None]):
         state = self.info.state if self.info else "missing"
         possible = {
             "pause": state in AT_WORK and not self.box,
-            "stop": state in AT_WORK,
+            "stop": state in AT_WORK or state == "away",
             "resume": state in EARLY,
             "attach": state == "away",
             "results": state == "finished",
@@ -292,9 +292,24 @@ class RunScreen(Screen[None]):
         )
 
     def _stop(self, wanted: bool | None) -> None:
-        if wanted:
-            self._tell("stopping ...")
+        if not wanted:
+            return
+        self._tell("stopping ...")
+        if self.info is not None and self.info.state == "away":
+            self._stop_away()
+        else:
             self._ask(self._end)
+
+    @work(group="ask")
+    async def _stop_away(self) -> None:
+        try:
+            answer = await self.app.answers.ask("stop_away", folder=str(self.folder))
+            there = (
+                f"Stopped on {self.box}" if answer["told"] else f"{self.box} has ended it already"
+            )
+            self.post_message(Done(there))
+        except EdgepruneError as error:
+            self.post_message(Done(error=error))
 
     def _end(self, folder: Path) -> str:
         if control.stop(folder, self._pass_on):

@@ -171,7 +171,7 @@ def end(info: RunInfo, picture: Picture, last_words: str, box: str = "") -> Cont
         return Content(f"Stopped; what is finished is kept. Press r to go on, or type: {info.next}")
     if info.state == "away":
         return Content(
-            f"Nothing here watches it; on {box} it goes on. Press a to attach again, or type: {info.next}"
+            f"Nothing here watches it; on {box} it goes on. Press a to attach again, s to stop it, or type: {info.next}"
         )
     return _failed(info, picture, last_words) if info.state in ("failed", "dead") else Content("")
 
