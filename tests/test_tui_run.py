@@ -455,7 +455,7 @@ def test_other_themes_and_no_colour(folder, monkeypatch):
             await until_seen(pilot, "┤", "▶ running", "✓source ▶prune")
 
     with at_work(folder):
-        show(away, act)
+        show(folder, act)
 
 
 @pytest.mark.parametrize("was_at_work", [True, False])
