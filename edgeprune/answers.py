@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from edgeprune import control, library, recipe, run, runs, worker
+from edgeprune import library, recipe, run, runs, worker
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted
 from edgeprune.events import Emit, Event, Note, Progress
 from edgeprune.recipe import Recipe
@@ -199,9 +199,7 @@ class Server:
         far = address.read(Path(folder))
         if far is None:
             raise BadInput(f"{folder} is not done by another machine; see: edgeprune runs")
-        told = box.stop(far)
-        control.say_stopped(Path(folder))
-        return {"told": told}
+        return {"told": box.stop_unwatched(Path(folder), far)}
 
     def _must_finish(self) -> None:
         self._unfinished.append(threading.current_thread())

@@ -99,7 +99,7 @@ def stop(
 
     far = address.parse(target)
     if far is not None:
-        _stop_far(far)
+        _stop_far(far, None)
         return
     folder = Path(target).absolute()
     with console.progress() as emit:
@@ -107,8 +107,7 @@ def stop(
     info = runs.describe(folder)
     far = address.read(folder)
     if info.state == "away" and far is not None:
-        _stop_far(far)
-        control.say_stopped(folder)
+        _stop_far(far, folder)
         return
     if info.state == "finished":
         console.note(f"The run is finished; see it with: {info.next}")
@@ -375,10 +374,11 @@ def _far(target: str) -> Far:
     return far
 
 
-def _stop_far(far: Far) -> None:
+def _stop_far(far: Far, folder: Path | None) -> None:
     from edgeprune.remote import box
 
-    told = "told to stop" if box.stop(far) else "not at work"
+    was_at_work = box.stop_unwatched(folder, far) if folder else box.stop(far)
+    told = "told to stop" if was_at_work else "not at work"
     console.note(f"The run on {far.host} is {told}. Go on with: edgeprune run --resume {far}")
 
 

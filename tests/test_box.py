@@ -212,6 +212,19 @@ def test_a_run_that_nobody_here_watches_is_stopped_too(recipe, folder, sshd, by)
     assert runs.describe(folder).state == "stopped"
 
 
+def test_a_run_that_has_ended_at_the_box_is_not_called_stopped(recipe, folder, sshd, capsys):
+    far = begun(recipe, folder, sshd, "wait")
+    psutil.Process(control.pid_of(folder)).kill()
+    until(lambda: runs.describe(folder).state == "away", "the end of the worker here")
+    (far / "misdeed").unlink()
+    until(lambda: not far_pid(sshd, folder), "the end at the box")
+    assert main(["stop", str(folder)]) == 0
+    assert "is not at work" in capsys.readouterr().err
+    assert runs.describe(folder).state == "away"
+    engine.attach(folder)
+    assert runs.describe(folder).state == "finished"
+
+
 def test_it_is_not_paused(recipe, folder, sshd):
     begun(recipe, folder, sshd, "wait")
     with pytest.raises(BadInput, match="cannot be paused; stop it"):

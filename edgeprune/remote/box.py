@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from edgeprune import control, sources, texts, worker
 from edgeprune import recipe as recipes
-from edgeprune import sources, texts, worker
 from edgeprune.errors import BadInput, EdgepruneError, Interrupted, Left, one_line
 from edgeprune.events import (
     Emit,
@@ -390,6 +390,17 @@ def stop(far: Far) -> bool:
     """Tell the run at the box to stop; False if none is at work there. Raises as ``adopt``."""
     with _link(far) as link:
         return bool(link.far(far_runs, "stop", run=far.run))
+
+
+def stop_unwatched(folder: Path, far: Far) -> bool:
+    """Tell the run at the box to stop that nothing here watches; if it was at work, say so in the log of ``folder``.
+
+    Returns, Raises: as ``stop``.
+    """
+    told = stop(far)
+    if told:
+        control.say_stopped(folder)
+    return told
 
 
 def listing(host: str) -> list[dict[str, Any]]:

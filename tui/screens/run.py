@@ -304,10 +304,8 @@ class RunScreen(Screen[None]):
     async def _stop_away(self) -> None:
         try:
             answer = await self.app.answers.ask("stop_away", folder=str(self.folder))
-            there = (
-                f"Stopped on {self.box}" if answer["told"] else f"{self.box} has ended it already"
-            )
-            self.post_message(Done(there))
+            ended = f"{self.box} has ended it already; press a to bring home what it made"
+            self.post_message(Done(f"Stopped on {self.box}" if answer["told"] else ended))
         except EdgepruneError as error:
             self.post_message(Done(error=error))
 
